@@ -1,0 +1,231 @@
+"""
+One connection's life, from the taking of its slot to its release.
+
+A connection is *live* until two things have happened, in either order: its
+handler has finished, and its socket is closed. Then its slot is released, and
+only then is a handler's error reported (spec A5, H4). The kinds of connection
+differ in what a handler is given and in how the socket is closed:
+:mod:`tcpsvc.stream_connection`, :mod:`tcpsvc.sock_connection` and
+:mod:`tcpsvc.protocol_connection`.
+
+Where the state changes::
+
+    taken ──start()──▶ running ──handler_ended()──▶ ended ┐
+                                                          ├──▶ released
+    open ──────────── socket_closed() ──────────▶ closed ─┘
+
+A connection whose handler may not start any more (spec H5) is refused: it has
+no handler to wait for, and is released when its socket is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc._waiters import Event
+from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
+from tcpsvc.handler import STOPPING, run_handler
+
+if TYPE_CHECKING:
+    from tcpsvc.factory import ServerFactory
+
+AddressT = TypeVar("AddressT")
+
+
+class Connection(Generic[AddressT]):
+    """
+    What every live connection has.
+
+    :ivar id: a number of its own within the factory, from 1 on.
+    :ivar peer: the client's address.
+    """
+
+    _log = Logger(namespace="tcpsvc")
+
+    __slots__ = (
+        "__weakref__",
+        "_accepted_at",
+        "_closed_by_server",
+        "_error",
+        "_error_reported",
+        "_factory",
+        "_handler_cancelled",
+        "_handler_state",
+        "_is_released",
+        "_running",
+        "id",
+        "peer",
+        "when_socket_closed",
+    )
+
+    def __init__(self, factory: ServerFactory, id: int, peer: AddressT) -> None:
+        self._factory = factory
+        self.id = id
+        self.peer = peer
+        self._accepted_at = factory.clock.seconds()
+        self._handler_state = "waiting"
+        self._running: Deferred[object] | None = None
+        self._handler_cancelled = False
+        self._closed_by_server = False
+        self._error: Failure | None = None
+        self._error_reported = False
+        self._is_released = False
+        self.when_socket_closed = Event()
+
+    # What a kind of connection says and does.
+
+    def close_now(self) -> None:
+        """
+        Close the socket at once and orderly: what the kernel took is delivered,
+        what only we hold is discarded (spec X3).
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def _finish(self) -> None:
+        """The handler has ended: send what it wrote, then close."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _traffic(self) -> dict[str, int]:
+        """Bytes in and out, where they are known."""
+        return {}
+
+    # Transitions.
+
+    def _start(self, handler: Callable[..., object], *args: object) -> None:
+        """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
+        self._handler_state = "running"
+        running = self._running = run_handler(handler, *args)
+        running.addCallbacks(self._handler_returned, self.handler_ended)
+
+    def _handler_returned(self, _: object) -> None:
+        self.handler_ended(None)
+
+    def refuse(self) -> None:
+        """No handler is to start for this connection: close it."""
+        self._handler_state = "refused"
+        self._factory.counters.refused += 1
+        self.close_now()
+        self._release_if_over()
+
+    def handler_ended(self, failure: Failure | None) -> None:
+        """The handler has finished, with what it raised or ``None``."""
+        self._running = None
+        counters = self._factory.counters
+        if failure is None:
+            self._handler_state = "finished"
+            counters.finished += 1
+        elif failure.check(*STOPPING):
+            self._handler_state = "failed"
+            counters.failed += 1
+            self._log.critical(
+                "handler of {peer} raised {kind}: stopping the reactor",
+                peer=self.peer,
+                kind=failure.type.__name__,
+                log_failure=failure,
+            )
+            self._factory.stop_reactor(failure.value)
+        elif self._is_ordinary_end(failure):
+            self._handler_state = "left"
+            counters.left += 1
+            self._log.debug(
+                "handler of {peer} left with {error}",
+                peer=self.peer,
+                error=repr(failure.value),
+            )
+        else:
+            self._handler_state = "failed"
+            counters.failed += 1
+            self.fail(failure)
+        if not self.when_socket_closed.has_happened:
+            self._finish()
+        self._release_if_over()
+
+    def socket_closed(self) -> None:
+        """The socket is closed, by whichever side."""
+        if self.when_socket_closed.has_happened:
+            return
+        self.when_socket_closed.happen()
+        self._factory.descriptor_closed()
+        self._release_if_over()
+
+    def _release_if_over(self) -> None:
+        if (
+            not self._is_released
+            and self.when_socket_closed.has_happened
+            and self._handler_state not in ("waiting", "running")
+        ):
+            self._is_released = True
+            error = None if self._error_reported else self._error
+            self._factory.release(self, error)
+
+    def fail(self, failure: Failure) -> None:
+        """
+        Keep the handler's first error, for after the release; log a later one
+        (spec E4).
+        """
+        if self._error is None:
+            self._error = failure
+            return
+        if failure.value is self._error.value:
+            return
+        self._factory.counters.later_errors += 1
+        self._log.failure(
+            "a further error of the handler of {peer}", failure=failure, peer=self.peer
+        )
+
+    def fail_at_once(self, failure: Failure) -> None:
+        """An error that is reported while the handler still runs (spec S6)."""
+        is_first = self._error is None
+        self.fail(failure)
+        if is_first:
+            self._error_reported = True
+            self._factory.report(self.peer, failure)
+
+    def cancel_handler(self) -> None:
+        """Cancel the handler's coroutine or Deferred, if it still runs."""
+        if self._running is not None:
+            self._handler_cancelled = True
+            self._running.cancel()
+
+    def _is_ordinary_end(self, failure: Failure) -> bool:
+        """Whether what a handler raised is an ordinary end of it (spec H6)."""
+        error = failure.value
+        if isinstance(error, (CancelledError, asyncio.CancelledError)):
+            return self._handler_cancelled
+        if isinstance(error, BufferAgeLimitExceeded):
+            return False
+        if isinstance(error, ConnectionGone):
+            return getattr(error, "connection", None) is self
+        if isinstance(error, asyncio.IncompleteReadError):
+            return self._closed_by_server
+        return False
+
+    # What is known of it.
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the handler has started and not ended."""
+        return self._handler_state == "running"
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able description (spec I4)."""
+        return {
+            "id": self.id,
+            "peer": str(self.peer),
+            "age": self._factory.clock.seconds() - self._accepted_at,
+            "handler": self._handler_state,
+            "socket": "closed" if self.when_socket_closed.has_happened else "open",
+            **self._traffic(),
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} #{self.id} from {self.peer} "
+            f"{self._handler_state}>"
+        )

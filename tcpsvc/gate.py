@@ -1,0 +1,217 @@
+"""
+Accepting: who comes in, and how many at a time (spec A1, A6, D1, H5).
+
+A :class:`Gate` stands in a port's ``doRead``. It asks the kernel for a client
+only while there is a place for one, so ``max_connections`` is exact: whoever is
+beyond it waits in the kernel's backlog.
+
+The rule, in one place: a client is accepted while the server is open and either
+drops (a dropped client needs no slot) or has a free slot. Everything that may
+change this calls :meth:`Gate.update`.
+
+This file and :mod:`tcpsvc.port` are the only ones that know the inside of
+:class:`twisted.internet.tcp.Port` (Twisted 24.3 to 26.10: ``doRead``,
+``socket``, ``sessionno``, ``transport``, ``factory``, ``_buildAddr``).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet import tcp
+from twisted.internet.interfaces import IDelayedCall, IListeningPort, IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+if TYPE_CHECKING:
+    from tcpsvc.factory import ServerFactory
+
+#: The process or the host has run out of something that will come back.
+EXHAUSTION_ERRNOS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+)
+
+#: This one client is lost; the next may be well (EPERM: a packet filter).
+NEXT_CLIENT_ERRNOS = frozenset(
+    {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.EPERM}
+)
+
+#: How many lost clients in a row one turn of the reactor puts up with.
+MAX_LOST_CLIENTS = 100
+
+#: How long accepting rests when descriptors have run out, in seconds. A
+#: connection of this server that closes ends the rest at once.
+EXHAUSTION_PAUSE = 0.05
+
+
+class AcceptedSocketHandler(Protocol):
+    """What becomes of an accepted socket, where it is no Twisted transport."""
+
+    def __call__(self, client: socket.socket, address: Any) -> None: ...
+
+
+def can_gate(port: IListeningPort) -> bool:
+    """Whether accepting on a port can be gated: it is a TCP or UNIX port."""
+    return isinstance(port, tcp.Port)
+
+
+def close_orderly(client: socket.socket) -> None:
+    """``shutdown``, then ``close``: the client reads EOF even if it spoke early."""
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    client.close()
+
+
+class Gate:
+    """
+    Accepts for one port, by the rule of its factory.
+
+    :param port: a port that :func:`can_gate`.
+    :param factory: knows the free slots and whether to drop or refuse.
+    :param clock: times the rest after descriptors have run out.
+    :param take_socket: what an accepted socket becomes, instead of a protocol
+        on a transport.
+    """
+
+    _log = Logger(namespace="tcpsvc")
+
+    def __init__(
+        self,
+        port: Any,
+        factory: ServerFactory,
+        clock: IReactorTime,
+        take_socket: AcceptedSocketHandler | None = None,
+    ) -> None:
+        self._port = port
+        self._factory = factory
+        self._clock = clock
+        self._take_socket = take_socket
+        self._retry: IDelayedCall | None = None
+        self._in_episode = False
+        self._is_open = False
+        port.doRead = self.accept_batch
+
+    def open(self) -> None:
+        """Begin to accept."""
+        self._is_open = True
+        self.update()
+
+    def close(self) -> None:
+        """Accept no more, and leave no timer behind."""
+        self._is_open = False
+        self._rest_over()
+        self._port.stopReading()
+
+    def update(self) -> None:
+        """Ask the kernel for clients exactly while there is a place for one."""
+        if not self._is_open:
+            return
+        if self._retry is None and self._factory.has_place():
+            self._port.startReading()
+        else:
+            self._port.stopReading()
+
+    def descriptor_closed(self) -> None:
+        """A descriptor of this server is free again: try at once (spec A6)."""
+        if self._retry is not None:
+            self._rest_over()
+            self.update()
+
+    def accept_batch(self) -> None:
+        """The port is readable: accept what may come in."""
+        factory = self._factory
+        taken = lost = 0
+        while taken < factory.max_accepts_per_batch and factory.has_place():
+            try:
+                client, address = self._port.socket.accept()
+            except BlockingIOError:
+                self._in_episode = False
+                break
+            except OSError as error:
+                if error.errno in NEXT_CLIENT_ERRNOS and lost < MAX_LOST_CLIENTS:
+                    lost += 1
+                    continue
+                self._rest(error)
+                return
+            self._in_episode = False
+            taken += 1
+            if factory.is_dropping:
+                factory.counters.dropped += 1
+                close_orderly(client)
+            else:
+                self._take(client, address)
+            if not self._is_open:
+                return
+        self.update()
+
+    def _take(self, client: socket.socket, address: Any) -> None:
+        port = self._port
+        if isinstance(address, tuple) and len(address) == 4 and address[3]:
+            # A link-local IPv6 peer: show the interface, as Twisted does.
+            host, _ = socket.getnameinfo(
+                address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+            )
+            address = (host, *address[1:])
+        try:
+            if self._take_socket is not None:
+                client.setblocking(False)
+                self._take_socket(client, port._buildAddr(address))
+                return
+            protocol = port.factory.buildProtocol(port._buildAddr(address))
+            if protocol is None:
+                close_orderly(client)
+                return
+            session = port.sessionno
+            port.sessionno = session + 1
+            transport = port.transport(
+                client, protocol, address, port, session, port.reactor
+            )
+        except Exception:
+            # A wrapping factory failed, or its protocol: nobody has the socket.
+            self._log.failure("could not serve {peer}", peer=address)
+            self._factory.forget_unconnected()
+            client.close()
+            return
+        try:
+            protocol.makeConnection(transport)
+        except Exception:
+            self._log.failure("could not serve {peer}", peer=address)
+            transport.abortConnection()
+            self._factory.forget_unconnected()
+
+    def _rest(self, error: OSError) -> None:
+        if self._in_episode:
+            pass  # One line an episode.
+        elif error.errno not in EXHAUSTION_ERRNOS:
+            self._log.failure(
+                "accepting failed; trying again every {pause} s",
+                failure=Failure(error),
+                pause=EXHAUSTION_PAUSE,
+            )
+        else:
+            self._log.error(
+                "cannot accept: {error}. {live} connections go on, further clients "
+                "wait; trying again every {pause} s. Raise the limit of open files "
+                "(ulimit -n), or lower max_connections ({limit})",
+                error=error.strerror,
+                live=self._factory.num_connections,
+                pause=EXHAUSTION_PAUSE,
+                limit=self._factory.max_connections,
+            )
+        self._in_episode = True
+        self._factory.counters.accept_errors += 1
+        self._retry = self._clock.callLater(EXHAUSTION_PAUSE, self._try_again)
+        self.update()
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.update()
+
+    def _rest_over(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None

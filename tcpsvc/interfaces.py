@@ -1,0 +1,109 @@
+"""
+What others may implement, or rely on: zope interfaces of the public objects.
+"""
+
+from __future__ import annotations
+
+from zope.interface import Attribute, Interface
+
+
+class IReader(Interface):
+    """The reading half of a connection: :class:`tcpsvc.Reader`."""
+
+    bytes_read = Attribute("How many bytes have arrived so far.")
+
+    def read(n=-1):  # type: ignore[no-untyped-def]
+        """At most ``n`` bytes; until EOF when negative. A coroutine."""
+
+    def readline():  # type: ignore[no-untyped-def]
+        """One line with its end. A coroutine."""
+
+    def readuntil(separator=b"\n"):  # type: ignore[no-untyped-def]
+        """Everything up to and with a separator. A coroutine."""
+
+    def readexactly(n):  # type: ignore[no-untyped-def]
+        """Exactly ``n`` bytes. A coroutine."""
+
+    def peek(n):  # type: ignore[no-untyped-def]
+        """The next ``n`` bytes, which stay. A coroutine."""
+
+    def drain_to_eof():  # type: ignore[no-untyped-def]
+        """Discard everything until EOF. A coroutine."""
+
+    def at_eof():  # type: ignore[no-untyped-def]
+        """Whether everything before EOF was read."""
+
+    def close():  # type: ignore[no-untyped-def]
+        """Close the whole connection at once."""
+
+
+class IWriter(Interface):
+    """The writing half of a connection: :class:`tcpsvc.Writer`."""
+
+    is_closed = Attribute("Whether it was closed in any way.")
+    can_write_eof = Attribute("Whether write_eof works here.")
+    bytes_to_write = Attribute("How many bytes the kernel has not taken yet.")
+    bytes_written = Attribute("How many bytes were written so far.")
+    transport = Attribute("Twisted's transport.")
+    peer = Attribute("The client's address.")
+    host = Attribute("The own address of the connection.")
+
+    def write(data):  # type: ignore[no-untyped-def]
+        """Write bytes without waiting."""
+
+    def writelines(lines):  # type: ignore[no-untyped-def]
+        """Write several pieces of bytes."""
+
+    def drain():  # type: ignore[no-untyped-def]
+        """Wait until the buffer is small. A coroutine."""
+
+    def flushed():  # type: ignore[no-untyped-def]
+        """A Deferred: the kernel has all that was written so far."""
+
+    def close():  # type: ignore[no-untyped-def]
+        """Close when all is sent."""
+
+    def close_finished():  # type: ignore[no-untyped-def]
+        """A Deferred: the socket is closed."""
+
+    def write_eof():  # type: ignore[no-untyped-def]
+        """Close the write side when all is sent."""
+
+    def consumer_left():  # type: ignore[no-untyped-def]
+        """A Deferred: the client has left."""
+
+    def abort():  # type: ignore[no-untyped-def]
+        """Close at once with a reset."""
+
+
+class IServer(Interface):
+    """A listening server: :class:`tcpsvc.Server`."""
+
+    listening_on = Attribute("The port, the path, or the address.")
+    listening_on_address = Attribute("The listening address.")
+    listening_socket = Attribute("The listening socket, while it is open.")
+    num_connections = Attribute("How many slots are taken.")
+    max_connections = Attribute("How many slots there are.")
+    is_closed = Attribute("Whether close was called.")
+    is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
+
+    def close(*, close_existing_connections=False):  # type: ignore[no-untyped-def]
+        """Close the listening socket; a Deferred of one's own."""
+
+    def close_finished():  # type: ignore[no-untyped-def]
+        """A Deferred: the listening socket is closed."""
+
+    def close_finished_and_handlers_determined():  # type: ignore[no-untyped-def]
+        """A Deferred: closed, and no connection is live."""
+
+    def failed():  # type: ignore[no-untyped-def]
+        """A Deferred that fails with the error that closed the server."""
+
+    def set_drop_incoming_connections(drop):  # type: ignore[no-untyped-def]
+        """Drop incoming clients, or stop dropping them."""
+
+    def invariant():  # type: ignore[no-untyped-def]
+        """Raise AssertionError when the server's state is broken."""
+
+    def describe():  # type: ignore[no-untyped-def]
+        """A JSON-able description."""

@@ -1,0 +1,74 @@
+"""
+What the kernel says of a connected socket, and how to get from a transport to
+its socket. Linux knows all of it; elsewhere, what is not known counts as
+pending, which costs time and loses nothing.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import struct
+import sys
+import termios
+from typing import Any
+
+_SIOCINQ = termios.FIONREAD
+_SIOCOUTQ = termios.TIOCOUTQ
+_TCP_INFO_SIZE = 128
+_TCPI_BYTES_ACKED = 120
+_HAS_TCP_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
+
+
+def base_transport(transport: Any) -> Any:
+    """The lowest transport below any wrapping protocols (TLS, PROXY, policies)."""
+    while (below := getattr(transport, "transport", None)) is not None:
+        transport = below
+    return transport
+
+
+def socket_of(base: Any) -> socket.socket | None:
+    """The socket of a lowest transport, ``None`` in memory."""
+    get_handle = getattr(base, "getHandle", None)
+    handle = get_handle() if get_handle is not None else None
+    return handle if isinstance(handle, socket.socket) else None
+
+
+def _queued(connected: socket.socket, request: int) -> int | None:
+    answer = array.array("i", [0])
+    try:
+        fcntl.ioctl(connected.fileno(), request, answer)
+    except (OSError, ValueError):
+        return None
+    return answer[0]
+
+
+def nothing_pending(connected: socket.socket) -> bool:
+    """
+    Whether no input is unread and no output is on its way: then ``close`` sends
+    FIN, and nothing is lost. On a UNIX socket what was sent has arrived.
+    """
+    if _queued(connected, _SIOCINQ) != 0:
+        return False
+    return connected.family == socket.AF_UNIX or _queued(connected, _SIOCOUTQ) == 0
+
+
+def output_state(connected: socket.socket | None) -> tuple[int | None, int | None]:
+    """
+    How many bytes the client's kernel has not acknowledged, and how many it has
+    since the start. While both stay as they are the client has taken nothing.
+    """
+    if connected is None:
+        return None, None
+    acknowledged = None
+    if _HAS_TCP_INFO and connected.family != socket.AF_UNIX:
+        try:
+            info = connected.getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE
+            )
+        except OSError:
+            info = b""
+        if len(info) == _TCP_INFO_SIZE:
+            (acknowledged,) = struct.unpack_from("=Q", info, _TCPI_BYTES_ACKED)
+    return _queued(connected, _SIOCOUTQ), acknowledged

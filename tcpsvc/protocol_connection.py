@@ -1,0 +1,228 @@
+"""
+The connection of ``create_protocol``: the handler is a protocol of the
+application's own, built by its own factory (spec P).
+
+It stands between the transport and the protocol so that the protocol's errors,
+and its end, are seen: an exception that reached the reactor would only be
+logged there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import (
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+    ILoggingContext,
+    IProtocol,
+    IProtocolFactory,
+)
+from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
+from zope.interface import alsoProvides, implementer
+
+from tcpsvc import kernel
+from tcpsvc.connection import AddressT, Connection
+
+if TYPE_CHECKING:
+    from tcpsvc.factory import ServerFactory
+
+#: What a protocol's own interfaces are passed on for.
+_OPTIONAL = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
+
+_ORDINARY_REASONS: tuple[type[Exception], ...] = (
+    ConnectionDone,
+    ConnectionLost,
+    ConnectionAborted,
+)
+try:
+    from OpenSSL.SSL import Error as _TLSError
+except ImportError:  # pragma: no cover
+    pass
+else:
+    _ORDINARY_REASONS += (_TLSError,)
+
+# What Twisted's certificate verification ends a connection with.
+try:
+    from service_identity import VerificationError as _VerificationError
+except ImportError:  # pragma: no cover
+    pass
+else:
+    _ORDINARY_REASONS += (_VerificationError,)
+
+
+class Refuser(Protocol):
+    """
+    Ends its connection at once with FIN.
+
+    ``None`` from ``buildProtocol`` would do that on a plain port only; behind a
+    wrapping factory (TLS, PROXY, policies) it leaves the client hanging
+    (https://github.com/twisted/twisted/issues/5232).
+    """
+
+    def makeConnection(self, transport: Any) -> None:
+        """Close it: orderly where the socket is there, else as can be."""
+        base = kernel.base_transport(transport)
+        lose = getattr(base, "connectionLost", None)
+        if lose is None or base is not transport:
+            transport.abortConnection()
+        else:
+            lose(Failure(ConnectionDone()))
+
+    def dataReceived(self, data: bytes) -> None:
+        """It is not listened to."""
+
+
+@implementer(IProtocol, ILoggingContext)
+class ProtocolConnection(Connection[AddressT]):
+    """A live connection whose handler is a protocol."""
+
+    __slots__ = ("__provides__", "_is_held", "_protocol", "_user_factory", "transport")
+
+    def __init__(
+        self,
+        factory: ServerFactory,
+        id: int,
+        peer: AddressT,
+        user_factory: IProtocolFactory,
+    ) -> None:
+        super().__init__(factory, id, peer)
+        self._user_factory = user_factory
+        self._protocol: Any = None
+        self._is_held = False
+        self.transport: Any = None
+
+    def hold(self) -> None:
+        """There is no slot yet: the protocol is not even built."""
+        self._is_held = True
+
+    def build(self) -> bool:
+        """
+        Build the protocol.
+
+        :returns: false when the application's factory refuses with ``None``.
+        """
+        try:
+            protocol = self._user_factory.buildProtocol(self.peer)  # type: ignore[arg-type]
+        except Exception:
+            self.fail(Failure())
+            protocol = Refuser()
+        if protocol is None:
+            return False
+        self._protocol = protocol
+        for interface in _OPTIONAL:
+            if interface.providedBy(protocol):
+                alsoProvides(self, interface)
+        return True
+
+    # The transport's side.
+
+    def makeConnection(self, transport: Any) -> None:
+        """The connection is there."""
+        self.transport = transport
+        self._factory.set_socket_options(kernel.base_transport(transport))
+        if self._is_held:
+            transport.pauseProducing()
+            self._factory.connected(self)
+        else:
+            self._connect()
+
+    def start(self) -> None:
+        """A slot is free for a connection that was held."""
+        self._is_held = False
+        if not self.build():
+            self._protocol = Refuser()
+        if not self.when_socket_closed.has_happened:
+            self.transport.resumeProducing()
+            self._connect()
+        else:
+            self._handler_state = "refused"
+            self._release_if_over()
+
+    def _connect(self) -> None:
+        self._handler_state = "running"
+        self._guard(self._protocol.makeConnection, self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Pass bytes on."""
+        try:
+            self._protocol.dataReceived(data)
+        except BaseException:
+            self._failed()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The protocol's end."""
+        if self.when_socket_closed.has_happened:
+            return
+        self.socket_closed()
+        if self._protocol is None:
+            return
+        ended_by: Failure | None = None
+        if not reason.check(*_ORDINARY_REASONS):
+            ended_by = reason
+        try:
+            self._protocol.connectionLost(reason)
+        except BaseException:
+            raised = Failure()
+            if ended_by is not None:
+                self.fail(ended_by)
+            ended_by = raised
+        if self._handler_state == "running":
+            self.handler_ended(ended_by or self._error)
+
+    def readConnectionLost(self) -> None:
+        """The client's FIN, for an IHalfCloseableProtocol."""
+        self._guard(self._protocol.readConnectionLost)
+
+    def writeConnectionLost(self) -> None:
+        """Our FIN has gone out, for an IHalfCloseableProtocol."""
+        self._guard(self._protocol.writeConnectionLost)
+
+    def handshakeCompleted(self) -> None:
+        """TLS is up, for an IHandshakeListener."""
+        self._guard(self._protocol.handshakeCompleted)
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        """A descriptor came, for an IFileDescriptorReceiver."""
+        self._guard(self._protocol.fileDescriptorReceived, descriptor)
+
+    def logPrefix(self) -> str:
+        """The protocol's own prefix for lines of Twisted's legacy log."""
+        if ILoggingContext.providedBy(self._protocol):
+            return str(self._protocol.logPrefix())
+        return type(self._protocol).__name__
+
+    def _guard(self, method: Any, *args: Any) -> None:
+        try:
+            method(*args)
+        except BaseException:
+            self._failed()
+
+    def _failed(self) -> None:
+        """The protocol raised: its first error counts, its connection ends."""
+        self.fail(Failure())
+        self.transport.abortConnection()
+
+    # The life of the connection.
+
+    def close_now(self) -> None:
+        if self.when_socket_closed.has_happened or self.transport is None:
+            return
+        self._closed_by_server = True
+        base = kernel.base_transport(self.transport)
+        lose = getattr(base, "connectionLost", None)
+        if lose is not None:
+            lose(Failure(ConnectionDone()))
+        else:
+            self.transport.loseConnection()
+
+    def abort(self) -> None:
+        """Close with a reset."""
+        if not self.when_socket_closed.has_happened and self.transport is not None:
+            self.transport.abortConnection()
+
+    def _finish(self) -> None:
+        """The handler ends with its socket: there is nothing left to send."""

@@ -1,0 +1,389 @@
+"""
+The connection of ``create``: a protocol between a transport and a handler's
+:class:`Reader <tcpsvc.Reader>` and :class:`Writer <tcpsvc.Writer>`.
+
+How it closes, in one place (spec H3, S8)::
+
+    OPEN ──the handler ends, or its own writer.close()──▶ FLUSHING
+    FLUSHING ──all is sent──▶ closed, if nothing is unread and nothing unsent
+                          ├─▶ LINGERING: write side shut, input discarded
+                          └─▶ LOSING: TLS says goodbye
+    LINGERING ──the client's FIN──▶ closed
+    any ──reset, X3, age limit, abort, no progress within the timeout──▶ closed
+
+A plain close with input unread would make Linux send RST, and the client would
+lose what is on its way to it; that is what LINGERING is for.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.error import ConnectionAborted, ConnectionDone
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+    IProtocol,
+    IPullProducer,
+    ISSLTransport,
+)
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from tcpsvc import kernel
+from tcpsvc.connection import AddressT, Connection
+from tcpsvc.reader import Reader
+from tcpsvc.writer import Writer
+
+if TYPE_CHECKING:
+    from tcpsvc.factory import ServerFactory
+
+StreamHandler = Callable[[AddressT, Reader, Writer], object]
+
+#: How long a client may take no byte after the handler's own close, in seconds.
+OWN_CLOSE_TIMEOUT = 5.0
+
+_OPEN, _FLUSHING, _LINGERING, _LOSING = "open", "flushing", "lingering", "losing"
+
+
+@implementer(IProtocol, IHalfCloseableProtocol, IHandshakeListener, IPullProducer)
+class StreamConnection(Connection[AddressT]):
+    """A live connection whose handler reads and writes streams."""
+
+    __slots__ = (
+        "_aborted",
+        "_base",
+        "_discarded",
+        "_flush_timeout",
+        "_handler",
+        "_has_flow_control",
+        "_is_held",
+        "_is_write_side_shut",
+        "_limits",
+        "_peer_eof",
+        "_phase",
+        "_progress",
+        "_reading_paused",
+        "_socket",
+        "_waits_for_handshake",
+        "host",
+        "reader",
+        "transport",
+        "writer",
+    )
+
+    def __init__(
+        self,
+        factory: ServerFactory,
+        id: int,
+        peer: AddressT,
+        handler: StreamHandler[AddressT],
+        reader_buffer_size: int,
+        writer_buffer_size: int,
+    ) -> None:
+        super().__init__(factory, id, peer)
+        self._handler = handler
+        self.reader = Reader(self, reader_buffer_size)
+        self.writer = Writer(self, writer_buffer_size)
+        self.transport: Any = None
+        self.host: Any = None
+        self._base: Any = None
+        self._socket: socket.socket | None = None
+        self._phase = _OPEN
+        self._flush_timeout = 0.0
+        self._progress: tuple[Any, float] = (None, 0.0)
+        self._discarded = 0
+        self._has_flow_control = False
+        self._waits_for_handshake = False
+        self._reading_paused = False
+        self._is_held = False
+        self._is_write_side_shut = False
+        self._peer_eof = False
+        self._aborted = False
+
+    # The transport's side (IProtocol and its kin).
+
+    def makeConnection(self, transport: Any) -> None:
+        """The connection is there; the handler starts in a later turn."""
+        self.transport = transport
+        self._base = base = kernel.base_transport(transport)
+        self._socket = kernel.socket_of(base)
+        self.host = transport.getHost()
+        self._factory.set_socket_options(base)
+        # A TLS layer just above tells us when its handshake is done, and what is
+        # written before would be buffered where it cannot be seen.
+        self._waits_for_handshake = (
+            self._is_tls and getattr(transport, "wrappedProtocol", None) is self
+        )
+        if self._socket is not None or hasattr(base, "registerProducer"):
+            # The lowest transport is asked: only there "sent" means what it says.
+            base.registerProducer(self, False)
+        if self._is_held:
+            self.pause_reading()
+        self._factory.connected(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes have arrived: buffer them, or discard them while closing."""
+        if self._phase is _OPEN:
+            self.reader.data_received(data)
+        else:
+            self._discarded += len(data)
+
+    def readConnectionLost(self) -> None:
+        """The client's FIN."""
+        self._peer_eof = True
+        self.reader.feed_eof()
+        if self._phase is _LINGERING:
+            self._close_orderly()
+
+    def writeConnectionLost(self) -> None:
+        """Our FIN has gone out."""
+
+    def handshakeCompleted(self) -> None:
+        """TLS is up: what was written meanwhile goes out."""
+        if self._waits_for_handshake:
+            self._waits_for_handshake = False
+            self.writer.resume()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The socket is closed."""
+        if self.when_socket_closed.has_happened:
+            return
+        self.socket_closed()
+        if not self._closed_by_server and not reason.check(
+            ConnectionDone, ConnectionAborted
+        ):
+            self.writer.consumer_has_left()
+        self.writer.gone()
+        self.reader.feed_eof()
+
+    def resumeProducing(self) -> None:
+        """The transport has sent everything it had (IPullProducer)."""
+        if not self._has_flow_control:
+            # What registerProducer calls at once tells that it calls at all.
+            self._has_flow_control = True
+        elif not self._waits_for_handshake:
+            self.writer.resume()
+
+    def stopProducing(self) -> None:
+        """The transport is lost; :meth:`connectionLost` follows."""
+
+    def logPrefix(self) -> str:
+        """How lines of Twisted's legacy log are marked."""
+        return "tcpsvc"
+
+    # The life of the connection (Connection).
+
+    def hold(self) -> None:
+        """There is no slot yet: do not read, do not start."""
+        self._is_held = True
+
+    def start(self) -> None:
+        """Run the handler with the address, the reader and the writer."""
+        if self._is_held:
+            self._is_held = False
+            self.resume_reading()
+        self._start(self._handler, self.peer, self.reader, self.writer)
+
+    def close_now(self) -> None:
+        if self.when_socket_closed.has_happened:
+            return
+        self._closed_by_server = True
+        self._close_orderly()
+        # Where the transport closes later, the streams end now all the same.
+        self.writer.gone()
+        self.reader.feed_eof()
+
+    def abort(self) -> None:
+        """Close with a reset."""
+        if self._aborted or self.when_socket_closed.has_happened:
+            return
+        self._aborted = True
+        self._closed_by_server = True
+        self.writer.gone()
+        self.reader.feed_eof()
+        self.transport.abortConnection()
+
+    def _finish(self) -> None:
+        self._begin_to_close(self._factory.flush_timeout)
+
+    def _traffic(self) -> dict[str, int]:
+        return {
+            "bytes_in": self.reader.bytes_read,
+            "bytes_out": self.writer.bytes_taken,
+        }
+
+    # For the reader and the writer.
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the kernel."""
+        if not self._reading_paused and self._is_readable():
+            self._reading_paused = True
+            self.transport.pauseProducing()
+
+    def resume_reading(self) -> None:
+        """Go on taking from the kernel."""
+        if self._reading_paused and not self._is_held and self._is_readable():
+            self._reading_paused = False
+            self.transport.resumeProducing()
+
+    def reading_wanted(self) -> None:
+        """There is room in the reader's buffer again."""
+        if self._reading_paused:
+            self.resume_reading()
+
+    def close_by_reader(self) -> None:
+        """The handler's own ``reader.close()``."""
+        self.close_now()
+
+    def close_by_writer(self) -> None:
+        """The handler's own ``writer.close()``."""
+        self._begin_to_close(min(OWN_CLOSE_TIMEOUT, self._factory.flush_timeout))
+
+    def may_write(self) -> bool:
+        """Whether the transport is ready for bytes at all."""
+        return self.transport is not None and not self._waits_for_handshake
+
+    def write_to_transport(self, data: bytes) -> None:
+        """Hand bytes on."""
+        self.transport.write(data)
+        if not self._has_flow_control:
+            self.writer.taken_at_once(len(data))
+
+    def all_taken(self) -> None:
+        """The kernel has all that was written: what waited for that goes on."""
+        if self._phase is _FLUSHING:
+            self._flush_done()
+        elif self.writer.has_written_eof:
+            self._shut_write_side()
+
+    def watch(self) -> float:
+        """Have the sweep look at this connection. Returns the time."""
+        return self._factory.watch(self)
+
+    @property
+    def can_half_close(self) -> bool:
+        """Whether the write side can be closed alone."""
+        return not self._is_tls and hasattr(self._base, "loseWriteConnection")
+
+    # Closing.
+
+    @property
+    def _is_tls(self) -> bool:
+        return bool(ISSLTransport.providedBy(self.transport))
+
+    def _is_readable(self) -> bool:
+        return not self._peer_eof and not self.when_socket_closed.has_happened
+
+    def _begin_to_close(self, timeout: float) -> None:
+        if (
+            self._phase is not _OPEN
+            or self._aborted
+            or self.when_socket_closed.has_happened
+        ):
+            return
+        self._phase = _FLUSHING
+        self._flush_timeout = timeout
+        self.reader.feed_eof()
+        # Input is read and discarded from now on: a client that sends all it has
+        # before it reads anything would otherwise never come to read.
+        self.resume_reading()
+        if not self.writer.bytes_to_write:
+            self._flush_done()
+        if not self.when_socket_closed.has_happened:
+            self._progress = (self._taken_by_client(), self.watch())
+
+    def _flush_done(self) -> None:
+        self._shut_off_producer()
+        if self._socket is None or self._is_tls:
+            self._phase = _LOSING
+            self.transport.loseConnection()
+        elif self._peer_eof or kernel.nothing_pending(self._socket):
+            self._close_orderly()
+        else:
+            self._phase = _LINGERING
+            self._shut_write_side()
+
+    def _shut_write_side(self) -> None:
+        if not self._is_write_side_shut:
+            self._is_write_side_shut = True
+            self._shut_off_producer()
+            self._base.loseWriteConnection()
+
+    def _shut_off_producer(self) -> None:
+        # A transport does not close under a registered producer.
+        if self._has_flow_control:
+            self._base.unregisterProducer()
+
+    def _close_orderly(self) -> None:
+        """
+        Close the socket at once, by ``shutdown`` and ``close``: of Twisted's
+        ways only ``connectionLost`` does that (``loseConnection`` first flushes,
+        ``abortConnection`` resets).
+        """
+        lose = getattr(self._base, "connectionLost", None)
+        if lose is not None:
+            lose(Failure(ConnectionDone()))
+        else:
+            self._shut_off_producer()
+            self.transport.loseConnection()
+
+    def sweep(self, now: float) -> bool:
+        """
+        Look after old bytes and clients that do not take theirs, about once a
+        second (spec S6, H3).
+
+        :returns: whether there is anything left to look after.
+        """
+        if self.when_socket_closed.has_happened:
+            return False
+        limit = self._factory.buffer_age_limit
+        age = self.writer.age(now)
+        if limit is not None and age > limit:
+            self._client_does_not_read(age, limit)
+            return False
+        if self._phase is _OPEN:
+            return bool(self.writer.bytes_to_write)
+        self._look_for_progress(now)
+        return not self.when_socket_closed.has_happened
+
+    def _client_does_not_read(self, age: float, limit: float) -> None:
+        error = self.writer.too_old(age, limit)
+        self._factory.counters.too_old += 1
+        if self.is_running:
+            self.fail_at_once(Failure(error))
+        else:
+            self._log.warn(
+                "closing {peer} during its final flush: {error}",
+                peer=self.peer,
+                error=str(error),
+            )
+        self.close_now()
+
+    def _taken_by_client(self) -> object:
+        return self.writer.bytes_taken, kernel.output_state(self._socket)
+
+    def _look_for_progress(self, now: float) -> None:
+        before, since = self._progress
+        taken = self._taken_by_client()
+        if taken != before:
+            self._progress = (taken, now)
+            return
+        if now - since >= self._flush_timeout:
+            self._factory.counters.aborted += 1
+            self._log.info(
+                "aborting {peer}: it has taken no byte for {seconds:g} s while its "
+                "connection was to close",
+                peer=self.peer,
+                seconds=now - since,
+            )
+            self.abort()
+        elif (
+            self._phase is _LINGERING
+            and not self._discarded
+            and self._socket is not None
+            and kernel.nothing_pending(self._socket)
+        ):
+            self._close_orderly()

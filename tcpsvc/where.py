@@ -1,0 +1,437 @@
+"""
+Where a server listens: a value, and how it becomes a listening socket.
+
+A :class:`WhereToListen` says where, and has opened nothing. Two that say the
+same are equal, and each prints as what was asked for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar, cast
+
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IAddress, IStreamServerEndpoint
+
+from tcpsvc.sockets import (
+    BoundPath,
+    SocketMaker,
+    check_unix_path,
+    inet_sockaddr,
+    is_unbound,
+    listen_on_given,
+    open_inet,
+    open_unix,
+    stream_socket,
+)
+
+InetAddress = IPv4Address | IPv6Address
+AddressT = TypeVar("AddressT", bound=IAddress)
+ListeningOnT = TypeVar("ListeningOnT")
+
+#: Every IPv4 address of this host; with ``dual_stack=True`` every IPv6 one too.
+ALL_ADDRESSES: Final = "0.0.0.0"
+#: The IPv4 loopback address: only this host can connect.
+LOCALHOST: Final = "127.0.0.1"
+#: A free port, chosen by the operating system.
+CHOSEN_BY_OS: Final = 0
+
+
+@dataclass(slots=True)
+class ListeningSocket:
+    """
+    An open listening socket, and what is owed to it when it is closed.
+
+    :ivar path: the UNIX path to unlink, or ``None``.
+    :ivar is_shared: others may hold it too: it is never shut down.
+    :ivar maps_ipv4: IPv4 clients arrive here as mapped IPv6 addresses.
+    """
+
+    socket: socket.socket
+    path: BoundPath | None = None
+    is_shared: bool = False
+    maps_ipv4: bool = False
+
+    @property
+    def address(self) -> IAddress:
+        """The address it is bound to, as Twisted says it."""
+        name = self.socket.getsockname()
+        if self.socket.family == socket.AF_UNIX:
+            return UNIXAddress(name)
+        if self.socket.family == socket.AF_INET6:
+            return IPv6Address("TCP", *name)
+        return IPv4Address("TCP", *name)
+
+    def discard(self) -> None:
+        """Close it unserved: the path first, then the descriptor."""
+        try:
+            if self.path is not None:
+                self.path.unlink()
+        finally:
+            self.socket.close()
+
+
+class WhereToListen(Generic[AddressT, ListeningOnT]):
+    """
+    Where to listen (spec W). Made by the class methods below; the type
+    parameters are the clients' address type and the type of
+    :attr:`tcpsvc.Server.listening_on`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def address(self) -> IAddress | None:
+        """
+        The address as it was asked for, as a Twisted address; ``None`` where
+        only an endpoint knows it.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    @staticmethod
+    def bind_to(
+        address: str,
+        port: int,
+        *,
+        reuseaddr: bool = True,
+        reuseport: bool = False,
+        dual_stack: bool = False,
+    ) -> WhereToListen[InetAddress, int]:
+        """
+        An address and a port (Async's ``bind_to``; spec W1 to W5).
+
+        :param address: an IPv4 or IPv6 literal, :data:`ALL_ADDRESSES` or
+            :data:`LOCALHOST`. Names are not looked up.
+        :param port: 1 to 65535, or :data:`CHOSEN_BY_OS` (0).
+        :param reuseaddr: set SO_REUSEADDR (default true), so that a restarted
+            server need not wait for old connections' TIME_WAIT.
+        :param reuseport: set SO_REUSEPORT (default false), so that several
+            processes can listen on the same port.
+        :param dual_stack: serve IPv4 clients too on :data:`ALL_ADDRESSES` or
+            ``"::"``; they are shown with their IPv4 addresses.
+        :raises ValueError: no literal, no port number, or dual stack on an
+            address of one family.
+        """
+        if not isinstance(address, str):
+            raise TypeError(f"address={address!r} is not a str")
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise ValueError(
+                f"address={address!r} is not an IPv4 or IPv6 literal; for a host "
+                "name use WhereToListen.of_endpoint('tcp:PORT:interface=HOST')"
+            ) from None
+        if isinstance(port, bool) or not isinstance(port, int):
+            raise TypeError(f"port={port!r} is not an int")
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port={port} is not in 0..65535")
+        if dual_stack:
+            if address not in (ALL_ADDRESSES, "::"):
+                raise ValueError(
+                    f"dual_stack=True with address={address!r}: only ALL_ADDRESSES "
+                    "or '::' can serve both families"
+                )
+            address = "::"
+        return _Inet(address, port, reuseaddr, reuseport, dual_stack)
+
+    @staticmethod
+    def of_port(port: int) -> WhereToListen[InetAddress, int]:
+        """
+        A port on every IPv4 address of this host.
+
+        :param port: 1 to 65535, or 0 for one chosen by the operating system.
+        :raises ValueError: it is not in 0..65535.
+        """
+        return WhereToListen.bind_to(ALL_ADDRESSES, port)
+
+    @staticmethod
+    def of_port_chosen_by_os() -> WhereToListen[InetAddress, int]:
+        """A free port on every IPv4 address, chosen by the operating system."""
+        return WhereToListen.bind_to(ALL_ADDRESSES, CHOSEN_BY_OS)
+
+    @staticmethod
+    def of_port_chosen_by_os_no_reuseaddr() -> WhereToListen[InetAddress, int]:
+        """
+        The same without SO_REUSEADDR: a port whose old connections are still in
+        TIME_WAIT is not chosen.
+        """
+        return WhereToListen.bind_to(ALL_ADDRESSES, CHOSEN_BY_OS, reuseaddr=False)
+
+    @staticmethod
+    def of_file(
+        path: str | os.PathLike[str], *, mode: int | None = None
+    ) -> WhereToListen[UNIXAddress, str]:
+        """
+        A UNIX socket (spec W6, W9). A stale socket is replaced, a live one is an
+        error; the path is made absolute when it is bound, and unlinked when the
+        server closes.
+
+        :param path: at most 107 bytes.
+        :param mode: the socket's permissions, e.g. ``0o600``; by default the
+            process's umask decides.
+        :raises ValueError: the path is empty, too long, or holds a NUL; the
+            mode is not in 0..0o7777.
+        """
+        name = os.fspath(path)
+        if not isinstance(name, str):
+            raise TypeError(f"path={name!r} is not a str")
+        check_unix_path(name)
+        if mode is not None and not 0 <= mode <= 0o7777:
+            raise ValueError(f"mode={mode!r} is not in 0..0o7777")
+        return _Unix(name, mode)
+
+    @staticmethod
+    def of_endpoint(
+        endpoint: str | IStreamServerEndpoint,
+    ) -> WhereToListen[IAddress, IAddress]:
+        """
+        Any endpoint of Twisted's, or its description (``"tls:443:..."``,
+        ``"systemd:domain=INET:index=0"``, ...). The backlog and the socket's
+        options are the endpoint's own; ``backlog=`` does not reach it.
+
+        :param endpoint: a description as :func:`serverFromString
+            <twisted.internet.endpoints.serverFromString>` takes it (parsed when
+            the server is created), or an :class:`IStreamServerEndpoint
+            <twisted.internet.interfaces.IStreamServerEndpoint>`.
+        :raises TypeError: it is neither.
+        """
+        if not isinstance(endpoint, str) and not IStreamServerEndpoint.providedBy(
+            endpoint
+        ):
+            raise TypeError(
+                f"endpoint={endpoint!r} is neither a description nor an "
+                "IStreamServerEndpoint"
+            )
+        return EndpointPlace(endpoint)
+
+    @staticmethod
+    def of_fd(fd: int, *, own: bool = False) -> WhereToListen[IAddress, IAddress]:
+        """
+        A descriptor that listens already, such as one inherited from systemd or
+        from a parent process. It is never unlinked or shut down, since others
+        may share it; it is set to non-blocking, for all who share it.
+
+        :param fd: the descriptor's number.
+        :param own: take it over and close it in the end; by default it is
+            duplicated and the caller's stays open.
+        :raises ValueError: the number is negative. Whether it listens is looked
+            at when the server is created.
+        """
+        if isinstance(fd, bool) or not isinstance(fd, int):
+            raise TypeError(f"fd={fd!r} is not an int")
+        if fd < 0:
+            raise ValueError(f"fd={fd} is negative")
+        return _Descriptor(fd, own)
+
+
+class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
+    """A place that becomes a listening socket at once, without an endpoint."""
+
+    __slots__ = ()
+
+    def open(
+        self,
+        backlog: int,
+        given: socket.socket | None = None,
+        make_socket: SocketMaker = stream_socket,
+    ) -> ListeningSocket:
+        """
+        Bind and listen.
+
+        :param given: the caller's own unbound socket to use (spec W7). It is
+            closed if this fails.
+        :raises CannotListenError: the kernel refused.
+        :raises ValueError: ``given`` is bound, of another family or no stream.
+        """
+        raise NotImplementedError  # pragma: no cover
+
+    def listening_on(self, address: IAddress) -> ListeningOnT:
+        """What :attr:`tcpsvc.Server.listening_on` says, given the real address."""
+        return cast(ListeningOnT, address)
+
+
+def _take_given(given: socket.socket, family: int) -> None:
+    if given.family != family or given.type != socket.SOCK_STREAM:
+        raise ValueError(
+            f"socket={given!r} does not fit: a stream socket of family "
+            f"{socket.AddressFamily(family).name} is needed"
+        )
+    if not is_unbound(given):
+        raise ValueError(
+            f"socket={given!r} is bound already: give an unbound one, or use "
+            "WhereToListen.of_fd for one that listens"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Inet(SocketPlace[InetAddress, int]):
+    host: str
+    port: int
+    reuseaddr: bool = True
+    reuseport: bool = False
+    dual_stack: bool = False
+
+    @property
+    def address(self) -> InetAddress:
+        if ":" in self.host:
+            return IPv6Address("TCP", self.host, self.port)
+        return IPv4Address("TCP", self.host, self.port)
+
+    def open(
+        self,
+        backlog: int,
+        given: socket.socket | None = None,
+        make_socket: SocketMaker = stream_socket,
+    ) -> ListeningSocket:
+        if given is None:
+            made = open_inet(
+                self.host,
+                self.port,
+                backlog=backlog,
+                reuseaddr=self.reuseaddr,
+                reuseport=self.reuseport,
+                dual_stack=self.dual_stack,
+                make_socket=make_socket,
+            )
+            return ListeningSocket(made, maps_ipv4=self.dual_stack)
+        try:
+            _take_given(
+                given, socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            )
+            listen_on_given(given, inet_sockaddr(self.host, self.port), backlog)
+            return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
+        except BaseException:
+            given.close()
+            raise
+
+    def listening_on(self, address: IAddress) -> int:
+        return cast(InetAddress, address).port
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Unix(SocketPlace[UNIXAddress, str]):
+    path: str
+    mode: int | None = None
+
+    @property
+    def address(self) -> UNIXAddress:
+        return UNIXAddress(self.path)
+
+    def open(
+        self,
+        backlog: int,
+        given: socket.socket | None = None,
+        make_socket: SocketMaker = stream_socket,
+    ) -> ListeningSocket:
+        if given is None:
+            made, bound = open_unix(
+                self.path, backlog=backlog, mode=self.mode, make_socket=make_socket
+            )
+            return ListeningSocket(made, path=bound)
+        try:
+            _take_given(given, socket.AF_UNIX)
+            path = os.path.abspath(self.path)
+            check_unix_path(path)
+            bound_path = listen_on_given(given, path, backlog, self.mode)
+            return ListeningSocket(given, path=bound_path)
+        except BaseException:
+            given.close()
+            raise
+
+    def listening_on(self, address: IAddress) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor(SocketPlace[IAddress, IAddress]):
+    fd: int
+    own: bool = False
+
+    @property
+    def address(self) -> None:
+        return None
+
+    def open(
+        self,
+        backlog: int,
+        given: socket.socket | None = None,
+        make_socket: SocketMaker = stream_socket,
+    ) -> ListeningSocket:
+        if given is not None:
+            given.close()
+            raise ValueError(
+                f"socket={given!r} with of_fd({self.fd}): one of the two is enough"
+            )
+        made: socket.socket | None = None
+        try:
+            made = socket.socket(fileno=self.fd if self.own else os.dup(self.fd))
+            if not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise ValueError(f"fd={self.fd} does not listen")
+            if made.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+                raise ValueError(f"fd={self.fd} is of family {made.family!r}")
+        except OSError as error:
+            if made is not None:
+                made.close()
+            raise ValueError(
+                f"fd={self.fd} is no socket that listens: {error}"
+            ) from error
+        except BaseException:
+            if made is not None:
+                made.close()
+            raise
+        os.set_inheritable(made.fileno(), False)
+        made.setblocking(False)
+        return ListeningSocket(made, is_shared=True, maps_ipv4=_maps_ipv4(made))
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+
+def _maps_ipv4(listening: socket.socket) -> bool:
+    """Whether IPv4 clients of a socket arrive as mapped addresses."""
+    return listening.family == socket.AF_INET6 and not listening.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointPlace(WhereToListen[IAddress, IAddress]):
+    endpoint: str | IStreamServerEndpoint
+
+    @property
+    def address(self) -> None:
+        return None
+
+    def resolve(self, reactor: Any) -> IStreamServerEndpoint:
+        """
+        The endpoint itself.
+
+        :raises ValueError: the description cannot be parsed, or its plugin
+            refuses it (whatever it raised is the cause).
+        """
+        if not isinstance(self.endpoint, str):
+            return self.endpoint
+        try:
+            return cast(
+                IStreamServerEndpoint, serverFromString(reactor, self.endpoint)
+            )
+        except Exception as error:
+            raise ValueError(
+                f"endpoint={self.endpoint!r} cannot be used: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def __str__(self) -> str:
+        return self.endpoint if isinstance(self.endpoint, str) else repr(self.endpoint)
+

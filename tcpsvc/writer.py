@@ -1,0 +1,330 @@
+"""
+The writing half of a connection: a buffer in front of the transport, and what is
+known of it (spec S4 to S6).
+
+Bytes are *taken* when the kernel has them. The transport holds at most
+:data:`CHUNK` of ours at a time and says when it has sent them all, as it says to
+any pull producer; the rest waits here, where it can be counted and aged.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import ITransport
+from zope.interface import implementer
+
+from tcpsvc._waiters import Event
+from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
+from tcpsvc.interfaces import IWriter
+
+if TYPE_CHECKING:
+    from tcpsvc.stream_connection import StreamConnection
+
+#: How many bytes the transport is given at a time.
+CHUNK = 128 * 1024
+
+_OPEN, _EOF, _CLOSED = "open", "eof written", "closed"
+
+
+@implementer(IWriter)
+class Writer:
+    """
+    Writes to one connection. The server makes it; handlers receive it.
+
+    :ivar bytes_written: how many bytes were given to :meth:`write` so far.
+    """
+
+    __slots__ = (
+        "_age_error",
+        "_connection",
+        "_consumer_left",
+        "_draining",
+        "_flushing",
+        "_is_gone",
+        "_limit",
+        "_marks",
+        "_offset",
+        "_queue",
+        "_state",
+        "bytes_taken",
+        "bytes_written",
+        "in_transport",
+    )
+
+    def __init__(self, connection: StreamConnection, limit: int) -> None:
+        self._connection = connection
+        self._limit = limit
+        self._state = _OPEN
+        self._is_gone = False
+        self._queue: deque[bytes] = deque()
+        self._offset = 0
+        self.in_transport = 0
+        self.bytes_written = 0
+        self.bytes_taken = 0
+        self._flushing: list[tuple[int, Deferred[None]]] = []
+        self._draining: list[Deferred[None]] = []
+        self._consumer_left = Event()
+        self._marks: deque[tuple[int, float]] = deque()
+        self._age_error: BufferAgeLimitExceeded | None = None
+
+    # For handlers.
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """
+        Write bytes; it never waits. When the client has left, or the server has
+        closed the connection, they are dropped (spec S4).
+
+        :raises RuntimeError: after this writer's own :meth:`close` or
+            :meth:`write_eof`.
+        :raises TypeError: ``data`` is not bytes-like.
+        """
+        if type(data) is not bytes:
+            if not isinstance(data, (bytes, bytearray, memoryview)):
+                raise TypeError(f"data={data!r:.40} is not bytes-like")
+            data = bytes(data)
+        if self._state is not _OPEN:
+            end = "write_eof" if self._state is _EOF else "close"
+            raise RuntimeError(f"write after {end}() of the writer")
+        if self._is_gone or not data:
+            return
+        self.bytes_written += len(data)
+        if not self._marks:
+            self._mark()
+        if self._queue or len(data) > CHUNK - self.in_transport:
+            self._queue.append(data)
+            self._feed()
+        elif self._connection.may_write():
+            self.in_transport += len(data)
+            self._connection.write_to_transport(data)
+        else:
+            self._queue.append(data)
+
+    def writelines(self, lines: Iterable[bytes]) -> None:
+        """Write several pieces of bytes as one (spec S5)."""
+        self.write(b"".join(lines))
+
+    async def drain(self) -> None:
+        """
+        Wait until at most ``writer_buffer_size`` bytes wait to be sent. A
+        handler that awaits it after each write is never far ahead of its client.
+
+        :raises ConnectionGone: the client has left or the server has closed the
+            connection, also while this waits.
+        :raises BufferAgeLimitExceeded: the client stopped reading (S6).
+        :raises RuntimeError: after this writer's own :meth:`close`.
+        """
+        self._check()
+        if self.bytes_to_write > self._limit:
+            waiter: Deferred[None] = Deferred(self._draining.remove)
+            self._draining.append(waiter)
+            await waiter
+
+    def flushed(self) -> Deferred[None]:
+        """
+        :returns: a Deferred that fires when the kernel has all that was written
+            before this call. It fails as :meth:`drain` raises. Cancelling it
+            cancels the waiting only.
+        """
+        try:
+            self._check()
+        except (ConnectionGone, RuntimeError) as error:
+            return fail(error)
+        if not self.bytes_to_write:
+            return succeed(None)
+        target = self.bytes_written
+
+        def cancel(waiter: Deferred[None]) -> None:
+            self._flushing.remove((target, waiter))
+
+        waiter: Deferred[None] = Deferred(cancel)
+        self._flushing.append((target, waiter))
+        return waiter
+
+    def close(self) -> None:
+        """
+        Close the connection when all is sent: the client reads everything, then
+        EOF (spec S8). The reader is at EOF after what it has buffered, and the
+        slot is kept until the handler ends. A client that takes no byte for 5 s
+        is aborted. Closing twice is closing once.
+        """
+        if self._state is not _CLOSED:
+            self._state = _CLOSED
+            self._connection.close_by_writer()
+
+    def close_finished(self) -> Deferred[None]:
+        """
+        :returns: a Deferred that fires when the connection's socket is closed,
+            by whomever. It closes nothing itself.
+        """
+        return self._connection.when_socket_closed.wait()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, by its own :meth:`close` or any other way."""
+        return self._is_gone or self._state is _CLOSED
+
+    @property
+    def can_write_eof(self) -> bool:
+        """Whether :meth:`write_eof` works: not under TLS (spec S10)."""
+        return self._connection.can_half_close
+
+    def write_eof(self) -> None:
+        """
+        Close the write side when all is sent: the client reads EOF, and may go
+        on sending. Twice is once.
+
+        :raises RuntimeError: the transport has no half-close, such as TLS, or
+            the writer is closed.
+        """
+        if self._state is _OPEN:
+            if not self.can_write_eof:
+                raise RuntimeError("write_eof: this transport has no half-close")
+            self._state = _EOF
+            if not self._is_gone and not self.bytes_to_write:
+                self._connection.all_taken()
+        elif self._state is _CLOSED:
+            raise RuntimeError("write_eof after close() of the writer")
+
+    @property
+    def bytes_to_write(self) -> int:
+        """How many bytes the kernel has not taken yet, and still may."""
+        return 0 if self._is_gone else self.bytes_written - self.bytes_taken
+
+    def consumer_left(self) -> Deferred[None]:
+        """
+        :returns: a Deferred that fires when the client has left: when its reset,
+            or a failed send, is seen. Not at its FIN, which says only that it
+            sends no more.
+        """
+        return self._consumer_left.wait()
+
+    def abort(self) -> None:
+        """Close at once with a reset; what was not sent is lost."""
+        self._connection.abort()
+
+    @property
+    def transport(self) -> ITransport:
+        """Twisted's transport, for its addresses and TLS details (spec S7)."""
+        return self._connection.transport
+
+    @property
+    def peer(self) -> Any:
+        """The client's address."""
+        return self._connection.peer
+
+    @property
+    def host(self) -> Any:
+        """The own address of this connection."""
+        return self._connection.host
+
+    def __repr__(self) -> str:
+        state = "gone" if self._is_gone else self._state
+        return (
+            f"<Writer to {self.peer} {state}, "
+            f"{self.bytes_to_write} of {self.bytes_written} bytes to write>"
+        )
+
+    # For the connection.
+
+    @property
+    def has_written_eof(self) -> bool:
+        """Whether :meth:`write_eof` was called and nothing has ended it since."""
+        return self._state is _EOF
+
+    def resume(self) -> None:
+        """The transport has sent all it was given."""
+        if self._is_gone:
+            return
+        if self.in_transport:
+            self.bytes_taken += self.in_transport
+            self.in_transport = 0
+        self._feed()
+        self._tell_waiters()
+        if not self.bytes_to_write:
+            self._connection.all_taken()
+
+    def consumer_has_left(self) -> None:
+        """A reset or a failed send was seen."""
+        self._consumer_left.happen()
+
+    def gone(self) -> None:
+        """The connection is closed: nothing can be sent any more."""
+        if self._is_gone:
+            return
+        self._is_gone = True
+        self._queue.clear()
+        self._marks.clear()
+        # One by one: the first to be told may cancel the next.
+        while self._draining:
+            self._draining.pop(0).errback(self._gone_error())
+        while self._flushing:
+            self._flushing.pop(0)[1].errback(self._gone_error())
+
+    def age(self, now: float) -> float:
+        """
+        How long, in seconds, the oldest byte has waited at least; it is exact to
+        the interval of the calls. 0 when nothing waits.
+        """
+        marks = self._marks
+        while marks and marks[0][0] <= self.bytes_taken:
+            marks.popleft()
+        if self.bytes_to_write and (not marks or marks[-1][0] < self.bytes_written):
+            marks.append((self.bytes_written, now))
+        return now - marks[0][1] if marks else 0.0
+
+    def too_old(self, age: float, limit: float) -> BufferAgeLimitExceeded:
+        """The client does not read: from now on waiters are told so (S6)."""
+        self._age_error = BufferAgeLimitExceeded(age, limit)
+        self._age_error.connection = self._connection
+        return self._age_error
+
+    def taken_at_once(self, size: int) -> None:
+        """A transport without flow control has taken what it was just given."""
+        self.in_transport -= size
+        self.bytes_taken += size
+
+    # The buffer.
+
+    def _mark(self) -> None:
+        """Remember when the oldest bytes were written, and have them watched."""
+        self._marks.append((self.bytes_written, self._connection.watch()))
+
+    def _feed(self) -> None:
+        """Give the transport the next chunk, if it has room."""
+        queue = self._queue
+        while queue and self.in_transport < CHUNK and self._connection.may_write():
+            room = CHUNK - self.in_transport
+            first = queue[0]
+            if not self._offset and len(first) <= room:
+                piece = queue.popleft()
+            else:
+                piece = first[self._offset : self._offset + room]
+                self._offset += len(piece)
+                if self._offset == len(first):
+                    queue.popleft()
+                    self._offset = 0
+            self.in_transport += len(piece)
+            self._connection.write_to_transport(piece)
+
+    def _tell_waiters(self) -> None:
+        while self._flushing and self._flushing[0][0] <= self.bytes_taken:
+            self._flushing.pop(0)[1].callback(None)
+        while self._draining and self.bytes_to_write <= self._limit:
+            self._draining.pop(0).callback(None)
+
+    def _check(self) -> None:
+        if self._state is _CLOSED:
+            raise RuntimeError("the writer was closed by its own close()")
+        if self._is_gone:
+            raise self._gone_error()
+
+    def _gone_error(self) -> ConnectionGone:
+        if self._age_error is not None:
+            return self._age_error
+        error = ConnectionGone(f"the connection of {self.peer} is gone")
+        error.connection = self._connection
+        return error
