@@ -122,6 +122,7 @@ class Connection(Generic[AddressT]):
             counters.finished += 1
         elif failure.check(*STOPPING):
             self._handler_state = "failed"
+            self._error_reported = True
             counters.failed += 1
             self._log.critical(
                 "handler of {peer} raised {kind}: stopping the reactor",

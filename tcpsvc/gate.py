@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet import tcp
-from twisted.internet.interfaces import IDelayedCall, IListeningPort, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -46,12 +46,6 @@ MAX_LOST_CLIENTS = 100
 EXHAUSTION_PAUSE = 0.05
 
 
-class AcceptedSocketHandler(Protocol):
-    """What becomes of an accepted socket, where it is no Twisted transport."""
-
-    def __call__(self, client: socket.socket, address: Any) -> None: ...
-
-
 def can_gate(port: IListeningPort) -> bool:
     """Whether accepting on a port can be gated: it is a TCP or UNIX port."""
     return isinstance(port, tcp.Port)
@@ -71,25 +65,15 @@ class Gate:
     Accepts for one port, by the rule of its factory.
 
     :param port: a port that :func:`can_gate`.
-    :param factory: knows the free slots and whether to drop or refuse.
-    :param clock: times the rest after descriptors have run out.
-    :param take_socket: what an accepted socket becomes, instead of a protocol
-        on a transport.
+    :param factory: knows the free slots and whether to drop or refuse; its clock
+        times the rest after descriptors have run out.
     """
 
     _log = Logger(namespace="tcpsvc")
 
-    def __init__(
-        self,
-        port: Any,
-        factory: ServerFactory,
-        clock: IReactorTime,
-        take_socket: AcceptedSocketHandler | None = None,
-    ) -> None:
+    def __init__(self, port: Any, factory: ServerFactory) -> None:
         self._port = port
         self._factory = factory
-        self._clock = clock
-        self._take_socket = take_socket
         self._retry: IDelayedCall | None = None
         self._in_episode = False
         self._is_open = False
@@ -125,7 +109,7 @@ class Gate:
         """The port is readable: accept what may come in."""
         factory = self._factory
         taken = lost = 0
-        while taken < factory.max_accepts_per_batch and factory.has_place():
+        while taken < factory.settings.max_accepts_per_batch and factory.has_place():
             try:
                 client, address = self._port.socket.accept()
             except BlockingIOError:
@@ -157,9 +141,9 @@ class Gate:
             )
             address = (host, *address[1:])
         try:
-            if self._take_socket is not None:
+            if self._factory.takes_sockets:
                 client.setblocking(False)
-                self._take_socket(client, port._buildAddr(address))
+                self._factory.take_socket(client, port._buildAddr(address))
                 return
             protocol = port.factory.buildProtocol(port._buildAddr(address))
             if protocol is None:
@@ -204,7 +188,7 @@ class Gate:
             )
         self._in_episode = True
         self._factory.counters.accept_errors += 1
-        self._retry = self._clock.callLater(EXHAUSTION_PAUSE, self._try_again)
+        self._retry = self._factory.clock.callLater(EXHAUSTION_PAUSE, self._try_again)
         self.update()
 
     def _try_again(self) -> None:

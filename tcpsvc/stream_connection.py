@@ -61,7 +61,6 @@ class StreamConnection(Connection[AddressT]):
         "_has_flow_control",
         "_is_held",
         "_is_write_side_shut",
-        "_limits",
         "_peer_eof",
         "_phase",
         "_progress",
@@ -80,13 +79,11 @@ class StreamConnection(Connection[AddressT]):
         id: int,
         peer: AddressT,
         handler: StreamHandler[AddressT],
-        reader_buffer_size: int,
-        writer_buffer_size: int,
     ) -> None:
         super().__init__(factory, id, peer)
         self._handler = handler
-        self.reader = Reader(self, reader_buffer_size)
-        self.writer = Writer(self, writer_buffer_size)
+        self.reader = Reader(self, factory.settings.reader_buffer_size)
+        self.writer = Writer(self, factory.settings.writer_buffer_size)
         self.transport: Any = None
         self.host: Any = None
         self._base: Any = None
@@ -207,7 +204,7 @@ class StreamConnection(Connection[AddressT]):
         self.transport.abortConnection()
 
     def _finish(self) -> None:
-        self._begin_to_close(self._factory.flush_timeout)
+        self._begin_to_close(self._factory.settings.flush_timeout)
 
     def _traffic(self) -> dict[str, int]:
         return {
@@ -240,7 +237,7 @@ class StreamConnection(Connection[AddressT]):
 
     def close_by_writer(self) -> None:
         """The handler's own ``writer.close()``."""
-        self._begin_to_close(min(OWN_CLOSE_TIMEOUT, self._factory.flush_timeout))
+        self._begin_to_close(min(OWN_CLOSE_TIMEOUT, self._factory.settings.flush_timeout))
 
     def may_write(self) -> bool:
         """Whether the transport is ready for bytes at all."""
@@ -339,7 +336,7 @@ class StreamConnection(Connection[AddressT]):
         """
         if self.when_socket_closed.has_happened:
             return False
-        limit = self._factory.buffer_age_limit
+        limit = self._factory.settings.buffer_age_limit
         age = self.writer.age(now)
         if limit is not None and age > limit:
             self._client_does_not_read(age, limit)

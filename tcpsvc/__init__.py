@@ -1,0 +1,44 @@
+"""
+A TCP and UNIX-socket server for Twisted, after Jane Street Async's ``Tcp.Server``.
+"""
+
+from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
+from tcpsvc.factory import ServerFactory
+from tcpsvc.handler import log_error
+from tcpsvc.interfaces import IReader, IServer, IWriter
+from tcpsvc.options import Options, StreamOptions
+from tcpsvc.reader import Reader
+from tcpsvc.server import InetServer, Server, UnixServer
+from tcpsvc.where import (
+    ALL_ADDRESSES,
+    CHOSEN_BY_OS,
+    LOCALHOST,
+    InetAddress,
+    WhereToListen,
+)
+from tcpsvc.writer import Writer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL_ADDRESSES",
+    "CHOSEN_BY_OS",
+    "LOCALHOST",
+    "BufferAgeLimitExceeded",
+    "ConnectionGone",
+    "IReader",
+    "IServer",
+    "IWriter",
+    "InetAddress",
+    "InetServer",
+    "Options",
+    "Reader",
+    "Server",
+    "ServerClosed",
+    "ServerFactory",
+    "StreamOptions",
+    "UnixServer",
+    "WhereToListen",
+    "Writer",
+    "log_error",
+]

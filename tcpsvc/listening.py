@@ -1,0 +1,88 @@
+"""
+From a where-to-listen to a listening port, or to nothing open (spec W8).
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc.factory import ServerFactory
+from tcpsvc.gate import can_gate
+from tcpsvc.port import port_over
+from tcpsvc.sockets import SocketMaker, stream_socket
+from tcpsvc.where import EndpointPlace, SocketPlace
+
+_log = Logger(namespace="tcpsvc")
+
+#: What opens every listening socket; tests put one that fails in its place.
+make_socket: SocketMaker = stream_socket
+
+
+def listen_now(
+    where: SocketPlace[Any, Any], factory: ServerFactory, given: socket.socket | None
+) -> IListeningPort:
+    """
+    Listen at once. The port accepts nothing yet.
+
+    :param given: the caller's own socket (spec W7), closed if this fails.
+    :raises CannotListenError: the kernel refused.
+    :raises ValueError: ``given`` does not fit.
+    """
+    listening = where.open(factory.settings.backlog, given, make_socket)
+    try:
+        return port_over(listening, factory, factory.reactor)
+    except BaseException:
+        listening.discard()
+        raise
+
+
+def listen_on_endpoint(
+    where: EndpointPlace, factory: ServerFactory, *, needs_sockets: bool
+) -> Deferred[IListeningPort]:
+    """
+    Listen on an endpoint.
+
+    :param needs_sockets: the accepted plain sockets are needed, so that a
+        wrapped factory (TLS, PROXY) or another kind of port will not do.
+    :returns: a Deferred that fires with the port. An endpoint may not know how
+        to cancel, and its port must not be lost; so when this is cancelled, the
+        port is closed as soon as it is there.
+    """
+    is_cancelled = False
+
+    def cancel(_: Deferred[IListeningPort]) -> None:
+        nonlocal is_cancelled
+        is_cancelled = True
+
+    result: Deferred[IListeningPort] = Deferred(cancel)
+
+    def listened(port: Any) -> object:
+        if is_cancelled:
+            return maybeDeferred(port.stopListening)
+        if needs_sockets and not (can_gate(port) and port.factory is factory):
+            error = ValueError(
+                f"endpoint={str(where)!r} does not hand out plain sockets: use create"
+            )
+            stopping = maybeDeferred(port.stopListening)
+            return stopping.addBoth(lambda _: result.errback(error))
+        if can_gate(port):
+            port.stopReading()
+        result.callback(port)
+        return None
+
+    def failed(failure: Failure) -> None:
+        if not is_cancelled:
+            result.errback(failure)
+
+    listening = maybeDeferred(where.resolve(factory.reactor).listen, factory)
+    listening.addCallbacks(listened, failed)
+    listening.addErrback(
+        lambda failure: _log.failure("closing an unwanted port failed", failure)
+    )
+    return result
