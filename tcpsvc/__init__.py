@@ -9,6 +9,7 @@ from tcpsvc.interfaces import IReader, IServer, IWriter
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.reader import Reader
 from tcpsvc.server import InetServer, Server, UnixServer
+from tcpsvc.service import TcpService
 from tcpsvc.where import (
     ALL_ADDRESSES,
     CHOSEN_BY_OS,
@@ -37,6 +38,7 @@ __all__ = [
     "ServerClosed",
     "ServerFactory",
     "StreamOptions",
+    "TcpService",
     "UnixServer",
     "WhereToListen",
     "Writer",

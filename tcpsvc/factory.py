@@ -37,6 +37,7 @@ from tcpsvc.protocol_connection import ProtocolConnection, Refuser
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
+from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -295,7 +296,7 @@ class ServerFactory(protocol.ServerFactory):
             self._log.warn(
                 "{address}: all {limit} connections are in use; "
                 "further clients wait",
-                address=self._listening_on() or "server",
+                address=address_text(self._listening_on() or "a server"),
                 limit=self._max_connections,
             )
 

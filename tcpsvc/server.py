@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, execute, gatherResults, maybeDeferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -463,6 +464,36 @@ class Server(Generic[AddressT, ListeningOnT]):
             the error comes, it is logged as critical.
         """
         return self._factory.failed()
+
+    def abandon(self) -> None:
+        """
+        Close the listening socket at once, before it has ever served and without
+        a running reactor: for a daemon that fails to start.
+        """
+        if not self._is_port_closing:
+            self._is_port_closing = True
+            self._factory.close()
+            self._port.connectionLost(Failure(ConnectionDone()))
+
+    def cancel_handlers(self) -> None:
+        """
+        Cancel the coroutine or Deferred of every handler that still runs. One
+        that ends by it has ended ordinarily (H6).
+        """
+        self._factory.cancel_handlers()
+
+    @property
+    def stopped_by(self) -> BaseException | None:
+        """
+        The ``SystemExit`` or ``KeyboardInterrupt`` with which a handler has
+        stopped the reactor, if one has (H7).
+        """
+        return self._factory.stopped_by
+
+    @property
+    def clock(self) -> Any:
+        """What times this server: the ``clock`` it was given, or its reactor."""
+        return self._factory.clock
 
     def _close_port(self) -> None:
         if self._is_port_closing:

@@ -41,6 +41,17 @@ LOCALHOST: Final = "127.0.0.1"
 CHOSEN_BY_OS: Final = 0
 
 
+def address_text(address: object) -> str:
+    """An address as people write it: ``127.0.0.1:80``, ``[::1]:80``, ``unix:/p``."""
+    if isinstance(address, IPv4Address):
+        return f"{address.host}:{address.port}"
+    if isinstance(address, IPv6Address):
+        return f"[{address.host}]:{address.port}"
+    if isinstance(address, UNIXAddress):
+        return f"unix:{os.fsdecode(address.name)}" if address.name else "unix:"
+    return str(address)
+
+
 @dataclass(slots=True)
 class ListeningSocket:
     """

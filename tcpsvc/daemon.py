@@ -1,0 +1,149 @@
+"""
+The process of ``twistd tcpsvc``: its listeners, its signals, its exit status.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from twisted.application.service import MultiService
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ReactorNotRunning
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc.service import TcpService
+from tcpsvc.where import address_text
+
+_log = Logger(namespace="tcpsvc")
+
+#: What the process exits with instead of 0, once the reactor has stopped.
+_exit_status: int | None = None
+
+
+def _exit() -> None:
+    # twistd swallows whatever leaves reactor.run(), and has no other way to set
+    # the status (Twisted 26.10). Registered before the handler's module is
+    # imported, so that what that registers has run by now.
+    if _exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_status)
+
+
+atexit.register(_exit)
+
+
+def _set_exit_status(status: int) -> None:
+    global _exit_status
+    if _exit_status is None:
+        _exit_status = status
+
+
+class Daemon(MultiService):
+    """
+    The listeners of one process: stopped together by the first signal, at once
+    by the second.
+    """
+
+    def __init__(self, reactor: Any, *, prints: bool = False) -> None:
+        """
+        :param prints: print the addresses too, which are logged in any case.
+        """
+        super().__init__()
+        self._reactor = reactor
+        self._prints = prints
+
+    def services_of_tcp(self) -> list[TcpService]:
+        """The listeners."""
+        return [s for s in self.services if isinstance(s, TcpService)]
+
+    def startService(self) -> None:
+        """Serve, and watch for what is to end the process."""
+        atexit.unregister(self.abandon)
+        super().startService()
+        for service in self.services_of_tcp():
+            # Its Deferred fires at once when the service was bound early.
+            service.bind().addCallbacks(
+                lambda _, service=service: self._watch(service), self._cannot_listen
+            )
+
+    def abandon(self) -> None:
+        """The process ends before it has served: leave no path behind."""
+        for service in self.services_of_tcp():
+            if service.server is not None:
+                service.server.abandon()
+
+    def _watch(self, service: TcpService) -> None:
+        server = service.server
+        assert server is not None
+        if self._prints:
+            print(f"listening on {address_text(server.listening_on_address)}")
+        server.failed().addErrback(self._failed)
+
+    def _cannot_listen(self, failure: Failure) -> None:
+        _log.critical("cannot listen: {error}", error=failure.getErrorMessage())
+        self._end(1)
+
+    def _failed(self, failure: Failure) -> None:
+        _log.critical(
+            "a handler error ends the process: {error}",
+            error=failure.getErrorMessage(),
+            log_failure=failure,
+        )
+        self._end(1)
+
+    def _end(self, status: int) -> None:
+        _set_exit_status(status)
+        try:
+            self._reactor.stop()
+        except ReactorNotRunning:
+            pass  # It is stopping already.
+
+    def stopService(self) -> Deferred[Any]:
+        """Drain all listeners; a further signal ends the drain."""
+        self._take_exit_status()
+        restore = self._catch_signals()
+        stopping: Deferred[Any] = super().stopService()
+        return stopping.addBoth(restore)
+
+    def _take_exit_status(self) -> None:
+        for service in self.services_of_tcp():
+            stopped_by = None if service.server is None else service.server.stopped_by
+            if isinstance(stopped_by, KeyboardInterrupt):
+                _set_exit_status(128 + signal.SIGINT)
+            elif isinstance(stopped_by, SystemExit):
+                code = stopped_by.code
+                if code is not None and not isinstance(code, int):
+                    sys.stderr.write(f"{code}\n")
+                    code = 1
+                _set_exit_status(code or 0)
+
+    def _catch_signals(self) -> Callable[[Any], Any]:
+        before: dict[int, Any] = {}
+
+        def forced(number: int, _: object) -> None:
+            self._reactor.callFromThread(self._force)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                before[number] = signal.signal(number, forced)
+            except ValueError:
+                break  # Not in the main thread: no signal comes here.
+
+        def restore(result: Any) -> Any:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            return result
+
+        return restore
+
+    def _force(self) -> None:
+        _log.warn("a second signal: closing what remains now")
+        for service in self.services_of_tcp():
+            service.force_stop()

@@ -1,0 +1,248 @@
+"""
+A server as an ``IService``: for ``.tac`` files, ``MultiService`` and twistd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IProtocolFactory
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc.drain import Drain
+from tcpsvc.factory import ServerFactory
+from tcpsvc.handler import OnHandlerError
+from tcpsvc.options import Options, StreamOptions
+from tcpsvc.server import Server
+from tcpsvc.where import WhereToListen, address_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: How long a stop waits for handlers, in seconds, unless told otherwise.
+DRAIN_TIMEOUT = 30.0
+
+
+class TcpService(Service):
+    """
+    Listens while it runs. It may be stopped and started again.
+
+    It binds in ``privilegedStartService``, while a daemon is still root, or
+    earlier with :meth:`bind`; it lets clients in at ``startService``. Its
+    ``stopService`` stops accepting, lets the handlers finish, and fires when the
+    last has ended, or ``drain_timeout`` is up and what was left is closed::
+
+        service = TcpService(
+            WhereToListen.of_port(8000), handler, on_handler_error=tcpsvc.log_error
+        )
+        service.setServiceParent(application)
+
+    :param where: where to listen.
+    :param handler: a stream handler as for :meth:`tcpsvc.Server.create`; see
+        :meth:`of_socks` and :meth:`of_protocols` for others.
+    :param on_handler_error: as for :meth:`tcpsvc.Server.create`.
+    :param drain_timeout: seconds (default 30) that a stop waits for handlers,
+        ``None`` for any time.
+    :param make_factory: what makes the factory of the handler and the options.
+    :param options: of :class:`tcpsvc.StreamOptions`, but for ``socket``: a
+        service that is started again needs a new one.
+    :raises ValueError: an option has a bad value.
+    :raises TypeError: an option is unknown, or of the wrong kind.
+    """
+
+    _log = Logger(namespace="tcpsvc")
+
+    def __init__(
+        self,
+        where: WhereToListen[Any, Any],
+        handler: Any,
+        *,
+        on_handler_error: OnHandlerError,
+        drain_timeout: float | None = DRAIN_TIMEOUT,
+        make_factory: Callable[..., ServerFactory] = ServerFactory.of_streams,
+        **options: Unpack[StreamOptions],
+    ) -> None:
+        if "socket" in options:
+            raise TypeError(
+                "socket= is for Server.create: a service that is started again "
+                "needs a new one each time; use WhereToListen.of_fd"
+            )
+        if drain_timeout is not None and not drain_timeout >= 0:
+            raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")
+        self._where = where
+        self._make_factory: Callable[[], ServerFactory] = lambda: make_factory(
+            handler, on_handler_error=on_handler_error, **options
+        )
+        self._make_factory()  # What is wrong is said now, not at the start.
+        self._drain_timeout = drain_timeout
+        self._listening: Deferred[Server[Any, Any]] | None = None
+        self._drain: Drain | None = None
+        #: The server, from the time it is bound until it has stopped.
+        self.server: Server[Any, Any] | None = None
+
+    @classmethod
+    def of_socks(
+        cls,
+        where: WhereToListen[Any, Any],
+        handler: Callable[..., object],
+        *,
+        on_handler_error: OnHandlerError,
+        drain_timeout: float | None = DRAIN_TIMEOUT,
+        **options: Unpack[Options],
+    ) -> TcpService:
+        """
+        The same for a handler of sockets, see :meth:`tcpsvc.Server.create_sock`.
+        """
+        return cls(
+            where,
+            handler,
+            on_handler_error=on_handler_error,
+            drain_timeout=drain_timeout,
+            make_factory=ServerFactory.of_socks,
+            **options,
+        )
+
+    @classmethod
+    def of_protocols(
+        cls,
+        where: WhereToListen[Any, Any],
+        factory: IProtocolFactory,
+        *,
+        on_handler_error: OnHandlerError,
+        drain_timeout: float | None = DRAIN_TIMEOUT,
+        **options: Unpack[Options],
+    ) -> TcpService:
+        """
+        The same for a protocol factory, see
+        :meth:`tcpsvc.Server.create_protocol`.
+        """
+        return cls(
+            where,
+            factory,
+            on_handler_error=on_handler_error,
+            drain_timeout=drain_timeout,
+            make_factory=ServerFactory.of_protocols,
+            **options,
+        )
+
+    def bind(self) -> Deferred[None]:
+        """
+        Open the listening socket now; clients wait in its backlog until
+        ``startService``. Twice is once.
+
+        :returns: a Deferred that fires when it is open, at once unless an
+            endpoint takes its time, and fails as
+            :meth:`tcpsvc.Server.create`'s does.
+        """
+        if self._listening is None:
+            listening = self._listening = self._listen()
+            listening.addCallbacks(self._bound, self._not_bound)
+        else:
+            listening = self._listening
+        outcome: Deferred[None] = Deferred()
+
+        def tell(result: Any) -> Any:
+            if isinstance(result, Failure):
+                outcome.errback(result)
+                return None
+            outcome.callback(None)
+            return result
+
+        listening.addBoth(tell)
+        return outcome
+
+    def _listen(self) -> Deferred[Server[Any, Any]]:
+        if self.server is None:
+            return Server.bind(self._where, self._make_factory)
+        # Started again while the last server still drains: once its port is free.
+        freed = self.server.close_finished()
+        return freed.addCallback(
+            lambda _: Server.bind(self._where, self._make_factory)
+        )
+
+    def _bound(self, server: Server[Any, Any]) -> Server[Any, Any]:
+        self.server = server
+        return server
+
+    def _not_bound(self, failure: Failure) -> Failure:
+        self._listening = None
+        return failure
+
+    def privilegedStartService(self) -> None:
+        """
+        Bind, unless that was done.
+
+        :raises CannotListenError: the kernel refused.
+        """
+        super().privilegedStartService()
+        self._bind_or_raise()
+
+    def startService(self) -> None:
+        """
+        Let clients in; bind first, unless that was done.
+
+        :raises CannotListenError: the kernel refused.
+        """
+        super().startService()
+        if self._listening is None:
+            self._bind_or_raise()
+        assert self._listening is not None
+        self._listening.addCallback(self._begin)
+
+    def _begin(self, server: Server[Any, Any]) -> Server[Any, Any]:
+        if self.running:
+            server.begin()
+            self._log.info(
+                "listening on {address}",
+                address=address_text(server.listening_on_address),
+            )
+        return server
+
+    def _bind_or_raise(self) -> None:
+        failures: list[Failure] = []
+        bound = self.bind()
+        bound.addErrback(failures.append)
+        if failures:
+            failures[0].raiseException()
+        if not bound.called:
+            # An endpoint that takes its time: nobody is left to raise it to.
+            bound.addErrback(
+                lambda failure: self._log.failure("cannot listen", failure=failure)
+            )
+
+    def stopService(self) -> Deferred[None]:
+        """
+        Stop accepting, and drain.
+
+        :returns: a Deferred that fires when the last handler has ended, or
+            ``drain_timeout`` is up and what was left is closed.
+        """
+        super().stopService()
+        if self._drain is not None:
+            return self._drain.when_done()
+        if self._listening is None:
+            return succeed(None)
+        listening, self._listening = self._listening, None
+        if self.server is None:
+            listening.addCallback(lambda server: server.close())
+            listening.addErrback(lambda _: None)
+            listening.cancel()
+            return succeed(None)
+        server = self.server
+        drain = self._drain = Drain(server, self._drain_timeout)
+
+        def done(_: None) -> None:
+            self._drain = None
+            if self.server is server:
+                self.server = None
+
+        return drain.when_done().addCallback(done)
+
+    def force_stop(self) -> None:
+        """While it drains: close what is left now."""
+        if self._drain is not None:
+            self._drain.force()

@@ -1,0 +1,282 @@
+"""
+``twistd tcpsvc``: its options, and the service they make.
+
+Whatever can be wrong is found, and whatever can be bound is bound, while the
+service is made: before twistd forks and drops its privileges, where an error is
+still one line on stderr and an exit status. Nothing is left bound or on disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from twisted.internet.error import CannotListenError
+from twisted.python import usage
+from twisted.python.failure import Failure
+
+import tcpsvc
+from tcpsvc.daemon import Daemon
+from tcpsvc.loading import load
+from tcpsvc.service import DRAIN_TIMEOUT, TcpService
+from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
+
+
+def refuse(message: object) -> NoReturn:
+    """One clear line on stderr, and a non-zero exit."""
+    text = " ".join(str(message).split())
+    sys.stderr.write(f"tcpsvc: error: {text}\n")
+    raise SystemExit(1)
+
+
+def _number(kind: type, name: str, least: float) -> Callable[[str], Any]:
+    def coerce(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"--{name} {text}: not a number") from None
+        if not value >= least:
+            raise ValueError(f"--{name} {text}: below {least:g}")
+        return value
+
+    coerce.coerceDoc = f"at least {least:g}"  # type: ignore[attr-defined]
+    return coerce
+
+
+def _age_limit(text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(
+            f"--buffer-age-limit {text}: not above 0 seconds; 'none' is for no limit"
+        )
+    return value
+
+
+class Options(usage.Options):
+    """The command line of ``twistd tcpsvc``."""
+
+    synopsis = "[options]"
+    longdesc = (
+        "Serves TCP and UNIX-socket clients with a handler of yours. With no option "
+        "it serves the echo handler on a free port of localhost."
+    )
+
+    optParameters = [  # noqa: RUF012 (Twisted's form)
+        ["handler", None, None, "Stream handler: module.function(address, reader, writer)."],
+        ["factory", None, None, "module.function that returns an IProtocolFactory."],
+        ["sock-handler", None, None, "Socket handler: module.function(address, socket)."],
+        ["app-dir", None, ".", "Directory from which modules are imported."],
+        [
+            "max-connections",
+            None,
+            None,
+            "Connections at a time, for each listener; further clients wait. "
+            "Default: what the limit of open files allows.",
+            _number(int, "max-connections", 1),
+        ],
+        [
+            "max-accepts-per-batch",
+            None,
+            1,
+            "Clients accepted in one turn of the reactor.",
+            _number(int, "max-accepts-per-batch", 1),
+        ],
+        [
+            "backlog",
+            None,
+            None,
+            "Clients that may wait in the kernel. Default: 64.",
+            _number(int, "backlog", 1),
+        ],
+        [
+            "buffer-age-limit",
+            None,
+            120.0,
+            "Seconds after which a client that does not read is closed, or 'none'.",
+            _age_limit,
+        ],
+        [
+            "on-handler-error",
+            None,
+            "log",
+            "What a handler's error does: raise (stop serving), ignore, or log.",
+        ],
+        [
+            "drain-timeout",
+            None,
+            DRAIN_TIMEOUT,
+            "Seconds that a stop waits for handlers before it closes what is left.",
+            _number(float, "drain-timeout", 0),
+        ],
+    ]
+    optFlags = [  # noqa: RUF012
+        ["drop-incoming", None, "Accept clients and close them at once."],
+        ["reuse-port", None, "Let several processes listen on the same --port."],
+    ]
+    compData = usage.Completions(
+        optActions={
+            "app-dir": usage.CompleteDirs(),
+            "socket": usage.CompleteFiles(),
+            "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+        self["port"] = []
+        self["socket"] = []
+
+    def opt_listen(self, description: str) -> None:
+        """
+        Listen on a Twisted endpoint description, such as "tcp:8000",
+        "unix:/run/x.sock", "tls:..." or "systemd:...". May be given again.
+        """
+        self["listen"].append(description)
+
+    def opt_port(self, port: str) -> None:
+        """
+        Listen on this port of all IPv4 addresses, 0 for a free one. May be given
+        again.
+        """
+        try:
+            number = int(port)
+        except ValueError:
+            number = -1
+        if not 0 <= number <= 65535:
+            raise usage.UsageError(f"--port {port}: not a port number (0 to 65535)")
+        self["port"].append(number)
+
+    def opt_socket(self, path: str) -> None:
+        """Listen on a UNIX socket at this path. May be given again."""
+        self["socket"].append(path)
+
+    def opt_version(self) -> None:
+        """Print the version of tcpsvc, and exit."""
+        print(f"tcpsvc {tcpsvc.__version__}")
+        raise SystemExit(0)
+
+    def parseOptions(self, options: Any = None) -> None:
+        """Parse; what is wrong is one line on stderr, not a page of usage."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            refuse(error)
+
+    def postOptions(self) -> None:
+        """Look at everything that can be looked at without opening anything."""
+        kinds = [k for k in ("handler", "factory", "sock-handler") if self[k]]
+        if len(kinds) > 1:
+            raise usage.UsageError(
+                f"--{kinds[0]} and --{kinds[1]}: one handler is enough"
+            )
+        self["kind"] = kinds[0] if kinds else "handler"
+        name = self[self["kind"]] or "tcpsvc.handlers.echo"
+        try:
+            self["function"] = load(name, self["app-dir"])
+        except ValueError as error:
+            raise usage.UsageError(f"--{self['kind']} {error}") from error
+        if not callable(self["function"]):
+            raise usage.UsageError(f"--{self['kind']} {name!r}: it is not callable")
+        if self["on-handler-error"] not in ("raise", "ignore", "log"):
+            raise usage.UsageError(
+                f"--on-handler-error {self['on-handler-error']}: not one of raise, "
+                "ignore, log"
+            )
+        if self["reuse-port"] and not self["port"]:
+            raise usage.UsageError(
+                "--reuse-port is for --port; an endpoint of --listen has its own "
+                "options"
+            )
+
+    def places(self) -> list[WhereToListen[Any, Any]]:
+        """
+        Everywhere that is to be listened on.
+
+        :raises ValueError: a path or a description is no good.
+        """
+        found: list[WhereToListen[Any, Any]] = []
+        for port in self["port"]:
+            found.append(
+                WhereToListen.bind_to(ALL_ADDRESSES, port, reuseport=self["reuse-port"])
+            )
+        found += [WhereToListen.of_file(path) for path in self["socket"]]
+        for description in self["listen"]:
+            found.append(
+                WhereToListen.of_endpoint(_with_backlog(description, self["backlog"]))
+            )
+        return found or [WhereToListen.bind_to(LOCALHOST, 0)]
+
+
+def _with_backlog(description: str, backlog: int | None) -> str:
+    """An endpoint's backlog is part of its description."""
+    kind = description.partition(":")[0]
+    if (
+        backlog is None
+        or kind not in ("tcp", "tcp6", "unix", "ssl", "tls")
+        or ":backlog=" in description
+    ):
+        return description
+    return f"{description}:backlog={backlog}"
+
+
+def makeService(options: Options) -> Daemon:
+    """
+    The service that the options ask for, bound as far as it can be.
+
+    What is wrong is one line on stderr and a ``SystemExit``.
+    """
+    from twisted.internet import reactor
+
+    parent = options.parent or {}
+    # Without a log file twistd -n logs to stdout, where the address is to be seen.
+    logs_elsewhere = parent.get("logfile") not in (None, "-") or parent.get("syslog")
+    prints = bool(parent.get("nodaemon") and logs_elsewhere)
+    daemon = Daemon(reactor, prints=prints)
+    # Until startService twistd may still fail, e.g. at a bad --uid.
+    atexit.register(daemon.abandon)
+    failures: list[Failure] = []
+    try:
+        for service in _services(options):
+            service.setServiceParent(daemon)
+            service.bind().addErrback(failures.append)
+            if failures:
+                failures[0].raiseException()
+    except (ValueError, TypeError, OSError, CannotListenError) as error:
+        refuse(error)
+    return daemon
+
+
+def _services(options: Options) -> list[TcpService]:
+    make, handler = TcpService, options["function"]
+    if options["kind"] == "sock-handler":
+        make = TcpService.of_socks
+    elif options["kind"] == "factory":
+        make = TcpService.of_protocols
+        try:
+            handler = handler()
+        except Exception as error:
+            raise ValueError(
+                f"--factory {options['factory']}: {type(error).__name__}: {error}"
+            ) from error
+    common: dict[str, Any] = {
+        "on_handler_error": tcpsvc.log_error
+        if options["on-handler-error"] == "log"
+        else options["on-handler-error"],
+        "drain_timeout": options["drain-timeout"],
+        "max_connections": options["max-connections"],
+        "max_accepts_per_batch": options["max-accepts-per-batch"],
+        "drop_incoming_connections": bool(options["drop-incoming"]),
+    }
+    if options["backlog"] is not None:
+        common["backlog"] = options["backlog"]
+    if options["kind"] == "handler":
+        common["buffer_age_limit"] = options["buffer-age-limit"]
+    return [make(where, handler, **common) for where in options.places()]
