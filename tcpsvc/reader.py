@@ -12,15 +12,32 @@ from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from tcpsvc.interfaces import IReader
 
-if TYPE_CHECKING:
-    from tcpsvc.stream_connection import StreamConnection
+
+class Input(Protocol):
+    """What a reader reads from: a connection that can be paused."""
+
+    @property
+    def peer(self) -> Any:
+        """Who sends."""
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the kernel."""
+
+    def resume_reading(self) -> None:
+        """Go on taking from the kernel."""
+
+    def reading_wanted(self) -> None:
+        """There is room in the buffer again."""
+
+    def close_by_reader(self) -> None:
+        """The reader was closed by its own ``close``."""
 
 
 @implementer(IReader)
@@ -48,7 +65,7 @@ class Reader:
         "has_eof",
     )
 
-    def __init__(self, connection: StreamConnection, limit: int) -> None:
+    def __init__(self, connection: Input, limit: int) -> None:
         self._connection = connection
         self._limit = limit
         self._buffer = bytearray()
