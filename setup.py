@@ -18,7 +18,6 @@ TLS = [f"twisted[tls]>={LOWEST_TWISTED}"]
 
 TEST = [
     *TLS,
-    "build",
     "hypothesis",
     "pytest",
     "pytest-twisted",
@@ -29,6 +28,7 @@ TEST = [
 
 DEV = [
     *TEST,
+    "build",
     "furo",
     "mypy",
     "mypy-zope",

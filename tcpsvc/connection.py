@@ -127,9 +127,10 @@ class Connection(Generic[AddressT]):
             self._log.critical(
                 "handler of {peer} raised {kind}: stopping the reactor",
                 peer=self.peer,
-                kind=failure.type.__name__,
+                kind=type(failure.value).__name__,
                 log_failure=failure,
             )
+            assert failure.value is not None
             self._factory.stop_reactor(failure.value)
         elif self._is_ordinary_end(failure):
             self._handler_state = "left"
@@ -227,6 +228,5 @@ class Connection(Generic[AddressT]):
 
     def __repr__(self) -> str:
         return (
-            f"<{type(self).__name__} #{self.id} from {self.peer} "
-            f"{self._handler_state}>"
+            f"<{type(self).__name__} #{self.id} from {self.peer} {self._handler_state}>"
         )

@@ -23,26 +23,24 @@ from tcpsvc.where import address_text
 _log = Logger(namespace="tcpsvc")
 
 #: What the process exits with instead of 0, once the reactor has stopped.
-_exit_status: int | None = None
+_exit_status: list[int] = []
 
 
 def _exit() -> None:
     # twistd swallows whatever leaves reactor.run(), and has no other way to set
     # the status (Twisted 26.10). Registered before the handler's module is
     # imported, so that what that registers has run by now.
-    if _exit_status:
+    if _exit_status and _exit_status[0]:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(_exit_status)
+        os._exit(_exit_status[0])
 
 
 atexit.register(_exit)
 
 
 def _set_exit_status(status: int) -> None:
-    global _exit_status
-    if _exit_status is None:
-        _exit_status = status
+    _exit_status.append(status)  # The first counts.
 
 
 class Daemon(MultiService):
@@ -55,7 +53,7 @@ class Daemon(MultiService):
         """
         :param prints: print the addresses too, which are logged in any case.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._reactor = reactor
         self._prints = prints
 
@@ -66,7 +64,7 @@ class Daemon(MultiService):
     def startService(self) -> None:
         """Serve, and watch for what is to end the process."""
         atexit.unregister(self.abandon)
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         for service in self.services_of_tcp():
             # Its Deferred fires at once when the service was bound early.
             service.bind().addCallbacks(
@@ -109,7 +107,7 @@ class Daemon(MultiService):
         """Drain all listeners; a further signal ends the drain."""
         self._take_exit_status()
         restore = self._catch_signals()
-        stopping: Deferred[Any] = super().stopService()
+        stopping: Deferred[Any] = super().stopService()  # type: ignore[no-untyped-call]
         return stopping.addBoth(restore)
 
     def _take_exit_status(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet import protocol
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ReactorNotRunning
-from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
+from twisted.internet.interfaces import IAddress, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -233,7 +233,7 @@ class ServerFactory(protocol.ServerFactory):
             self.is_dropping or len(self._live) < self._max_connections
         )
 
-    def buildProtocol(self, addr: IAddress | None) -> IProtocol:
+    def buildProtocol(self, addr: IAddress | None) -> Any:
         """A client was accepted: the protocol that serves, holds or ends it."""
         if self.is_closed:
             self.counters.refused += 1
@@ -245,12 +245,12 @@ class ServerFactory(protocol.ServerFactory):
         if len(self._live) >= self._max_connections or self._held:
             connection.hold()
             self._held_unconnected[connection.id] = connection
-            return connection  # type: ignore[no-any-return]
+            return connection
         if isinstance(connection, ProtocolConnection) and not connection.build():
             self.counters.refused += 1
             return Refuser()
         self._admit(connection)
-        return connection  # type: ignore[no-any-return]
+        return connection
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
@@ -294,8 +294,7 @@ class ServerFactory(protocol.ServerFactory):
         if self._warned_at is None or now - self._warned_at >= WARNING_INTERVAL:
             self._warned_at = now
             self._log.warn(
-                "{address}: all {limit} connections are in use; "
-                "further clients wait",
+                "{address}: all {limit} connections are in use; further clients wait",
                 address=address_text(self._listening_on() or "a server"),
                 limit=self._max_connections,
             )
@@ -508,13 +507,13 @@ class ServerFactory(protocol.ServerFactory):
 
     def doStart(self) -> None:
         """A port listens: tell the application's own factory (spec P2)."""
-        super().doStart()
+        super().doStart()  # type: ignore[no-untyped-call]
         if self._user_factory is not None:
             self._user_factory.doStart()
 
     def doStop(self) -> None:
         """A port has closed: tell the application's own factory (spec P2)."""
-        super().doStop()
+        super().doStop()  # type: ignore[no-untyped-call]
         if self._user_factory is not None:
             self._user_factory.doStop()
 

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from tcpsvc.factory import ServerFactory
 
 #: The process or the host has run out of something that will come back.
-EXHAUSTION_ERRNOS = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-)
+EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 #: This one client is lost; the next may be well (EPERM: a packet filter).
 NEXT_CLIENT_ERRNOS = frozenset(

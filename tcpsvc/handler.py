@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IAddress
@@ -21,7 +21,7 @@ STOPPING = (KeyboardInterrupt, SystemExit)
 
 #: What is called with the client's address and the failure of its handler.
 ErrorCallable = Callable[[Any, Failure], object]
-OnHandlerError = Union[Literal["raise", "ignore"], ErrorCallable]
+OnHandlerError = Literal["raise", "ignore"] | ErrorCallable
 
 
 def run_handler(handler: Callable[..., object], *args: object) -> Deferred[object]:

@@ -65,7 +65,8 @@ async def commands(address: object, reader: Reader, writer: Writer) -> None:
         if command == b"echo":
             writer.write(text + b"\r\n")
         elif command == b"time":
-            writer.write(datetime.now().isoformat().encode() + b"\r\n")
+            now = datetime.now().astimezone()
+            writer.write(now.isoformat(timespec="seconds").encode() + b"\r\n")
         elif command == b"quit":
             writer.write(b"bye\r\n")
             return  # What was written is sent, then the connection is closed.

@@ -36,7 +36,8 @@ def load(name: str, app_dir: str) -> Any:
             continue
         except BaseException as error:
             raise ValueError(
-                f"{name!r}: importing {module!r} failed: {type(error).__name__}: {error}"
+                f"{name!r}: importing {module!r} failed: "
+                f"{type(error).__name__}: {error}"
             ) from error
         rest = parts[length:]
         break

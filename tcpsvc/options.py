@@ -157,13 +157,13 @@ class Settings:
 
 
 def check_options(
-    known: type[Options], on_handler_error: OnHandlerError, options: dict[str, Any]
+    known: Any, on_handler_error: OnHandlerError, options: dict[str, Any]
 ) -> Settings:
     """
     The settings that options ask for. ``socket``, ``reactor`` and ``clock`` are
     not among them.
 
-    :param known: the kind of server, which says what options it has.
+    :param known: :class:`Options` or :class:`StreamOptions`.
     :raises ValueError: an option has a bad value; it is named.
     :raises TypeError: an option is unknown, or its value is of the wrong kind.
     """

@@ -39,10 +39,10 @@ class _DualStackServer(tcp.Server):
     """A transport that shows a mapped IPv4 address as IPv4, at both ends."""
 
     def getPeer(self) -> IPv4Address | IPv6Address:
-        return _unmapped(super().getPeer())
+        return _unmapped(super().getPeer())  # type: ignore[no-untyped-call]
 
     def getHost(self) -> IPv4Address | IPv6Address:
-        return _unmapped(super().getHost())
+        return _unmapped(super().getHost())  # type: ignore[no-untyped-call]
 
 
 def _unmapped(address: IPv6Address) -> IPv4Address | IPv6Address:
@@ -50,17 +50,13 @@ def _unmapped(address: IPv6Address) -> IPv4Address | IPv6Address:
     return address if host is None else IPv4Address("TCP", host, address.port)
 
 
-class _OpenedPort:
+class _OpenedPort(tcp.Port):
     """What both ports do differently from Twisted's: their start and their end."""
 
-    _log = Logger(namespace="tcpsvc.port")
+    _log = Logger(namespace="tcpsvc")
     _listening: ListeningSocket
-
-    # From tcp.Port:
     factory: ServerFactory
-    reactor: Any
-    socket: socket.socket
-    connected: bool
+    fileno: Any
 
     def startListening(self) -> None:
         """Serve the socket, which listens already. It is not read from yet."""
@@ -81,25 +77,17 @@ class _OpenedPort:
                 self._log.error(
                     "could not unlink {path}: {error}", path=path.path, error=error
                 )
-        self._closed()
-        BasePort.connectionLost(self, reason)  # type: ignore[arg-type]
+        self._realPortNumber = None
+        BasePort.connectionLost(self, reason)
         self.connected = False
-        self._closeSocket(True)
+        self._closeSocket(True)  # type: ignore[no-untyped-call]
         del self.socket
         del self.fileno
         self.factory.doStop()
 
-    def _closed(self) -> None:
-        self._realPortNumber = None
 
-    def _closeSocket(self, orderly: bool) -> None:
-        raise NotImplementedError  # pragma: no cover
-
-
-class TCPListeningPort(_OpenedPort, tcp.Port):
+class TCPListeningPort(_OpenedPort):
     """A :class:`tcp.Port <twisted.internet.tcp.Port>` over an open socket."""
-
-    _closeSocket = tcp.Port._closeSocket
 
     def __init__(
         self, listening: ListeningSocket, factory: ServerFactory, reactor: Any
@@ -123,8 +111,6 @@ class TCPListeningPort(_OpenedPort, tcp.Port):
 
 class UNIXListeningPort(_OpenedPort, unix.Port):
     """A :class:`unix.Port <twisted.internet.unix.Port>` over an open socket."""
-
-    _closeSocket = unix.Port._closeSocket
 
     def __init__(
         self, listening: ListeningSocket, factory: ServerFactory, reactor: Any

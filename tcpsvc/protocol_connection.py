@@ -118,6 +118,9 @@ class ProtocolConnection(Connection[AddressT]):
                 alsoProvides(self, interface)
         return True
 
+    def connectionMade(self) -> None:
+        """What :meth:`makeConnection` does is all there is."""
+
     # The transport's side.
 
     def makeConnection(self, transport: Any) -> None:

@@ -358,7 +358,7 @@ class Server(Generic[AddressT, ListeningOnT]):
         the address of any other. It still answers when closed.
         """
         if isinstance(self._where, SocketPlace):
-            return self._where.listening_on(self._address)
+            return cast(ListeningOnT, self._where.listening_on(self._address))
         return cast(ListeningOnT, self._address)
 
     @property

@@ -160,9 +160,7 @@ class TcpService(Service):
             return Server.bind(self._where, self._make_factory)
         # Started again while the last server still drains: once its port is free.
         freed = self.server.close_finished()
-        return freed.addCallback(
-            lambda _: Server.bind(self._where, self._make_factory)
-        )
+        return freed.addCallback(lambda _: Server.bind(self._where, self._make_factory))
 
     def _bound(self, server: Server[Any, Any]) -> Server[Any, Any]:
         self.server = server
@@ -178,7 +176,7 @@ class TcpService(Service):
 
         :raises CannotListenError: the kernel refused.
         """
-        super().privilegedStartService()
+        super().privilegedStartService()  # type: ignore[no-untyped-call]
         self._bind_or_raise()
 
     def startService(self) -> None:
@@ -187,7 +185,7 @@ class TcpService(Service):
 
         :raises CannotListenError: the kernel refused.
         """
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         if self._listening is None:
             self._bind_or_raise()
         assert self._listening is not None
@@ -221,7 +219,7 @@ class TcpService(Service):
         :returns: a Deferred that fires when the last handler has ended, or
             ``drain_timeout`` is up and what was left is closed.
         """
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call]
         if self._drain is not None:
             return self._drain.when_done()
         if self._listening is None:

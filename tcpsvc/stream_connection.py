@@ -100,6 +100,9 @@ class StreamConnection(Connection[AddressT]):
         self._peer_eof = False
         self._aborted = False
 
+    def connectionMade(self) -> None:
+        """What :meth:`makeConnection` does is all there is."""
+
     # The transport's side (IProtocol and its kin).
 
     def makeConnection(self, transport: Any) -> None:
@@ -237,7 +240,8 @@ class StreamConnection(Connection[AddressT]):
 
     def close_by_writer(self) -> None:
         """The handler's own ``writer.close()``."""
-        self._begin_to_close(min(OWN_CLOSE_TIMEOUT, self._factory.settings.flush_timeout))
+        timeout = self._factory.settings.flush_timeout
+        self._begin_to_close(min(OWN_CLOSE_TIMEOUT, timeout))
 
     def may_write(self) -> bool:
         """Whether the transport is ready for bytes at all."""
@@ -363,12 +367,19 @@ class StreamConnection(Connection[AddressT]):
         return self.writer.bytes_taken, kernel.output_state(self._socket)
 
     def _look_for_progress(self, now: float) -> None:
+        if (
+            self._phase is _LINGERING
+            and not self._discarded
+            and self._socket is not None
+            and kernel.nothing_pending(self._socket)
+        ):
+            self._close_orderly()
+            return
         before, since = self._progress
         taken = self._taken_by_client()
         if taken != before:
             self._progress = (taken, now)
-            return
-        if now - since >= self._flush_timeout:
+        elif now - since >= self._flush_timeout:
             self._factory.counters.aborted += 1
             self._log.info(
                 "aborting {peer}: it has taken no byte for {seconds:g} s while its "
@@ -377,10 +388,3 @@ class StreamConnection(Connection[AddressT]):
                 seconds=now - since,
             )
             self.abort()
-        elif (
-            self._phase is _LINGERING
-            and not self._discarded
-            and self._socket is not None
-            and kernel.nothing_pending(self._socket)
-        ):
-            self._close_orderly()

@@ -69,16 +69,26 @@ class Options(usage.Options):
     )
 
     optParameters = [  # noqa: RUF012 (Twisted's form)
-        ["handler", None, None, "Stream handler: module.function(address, reader, writer)."],
-        ["factory", None, None, "module.function that returns an IProtocolFactory."],
-        ["sock-handler", None, None, "Socket handler: module.function(address, socket)."],
+        [
+            "handler",
+            None,
+            None,
+            "Stream handler: a module.function(address, reader, writer).",
+        ],
+        ["factory", None, None, "A module.function that returns an IProtocolFactory."],
+        [
+            "sock-handler",
+            None,
+            None,
+            "Socket handler: a module.function(address, socket).",
+        ],
         ["app-dir", None, ".", "Directory from which modules are imported."],
         [
             "max-connections",
             None,
             None,
-            "Connections at a time, for each listener; further clients wait. "
-            "Default: what the limit of open files allows.",
+            "Connections at a time for each listener, others wait; default: as many "
+            "as the limit of open files allows.",
             _number(int, "max-connections", 1),
         ],
         [
@@ -129,7 +139,7 @@ class Options(usage.Options):
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self["listen"] = []
         self["port"] = []
         self["socket"] = []
@@ -166,7 +176,7 @@ class Options(usage.Options):
     def parseOptions(self, options: Any = None) -> None:
         """Parse; what is wrong is one line on stderr, not a page of usage."""
         try:
-            super().parseOptions(options)
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
             refuse(error)
 
@@ -203,15 +213,15 @@ class Options(usage.Options):
         :raises ValueError: a path or a description is no good.
         """
         found: list[WhereToListen[Any, Any]] = []
-        for port in self["port"]:
-            found.append(
-                WhereToListen.bind_to(ALL_ADDRESSES, port, reuseport=self["reuse-port"])
-            )
+        found += [
+            WhereToListen.bind_to(ALL_ADDRESSES, port, reuseport=self["reuse-port"])
+            for port in self["port"]
+        ]
         found += [WhereToListen.of_file(path) for path in self["socket"]]
-        for description in self["listen"]:
-            found.append(
-                WhereToListen.of_endpoint(_with_backlog(description, self["backlog"]))
-            )
+        found += [
+            WhereToListen.of_endpoint(_with_backlog(description, self["backlog"]))
+            for description in self["listen"]
+        ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
 
 
@@ -235,7 +245,7 @@ def makeService(options: Options) -> Daemon:
     """
     from twisted.internet import reactor
 
-    parent = options.parent or {}
+    parent: Any = options.parent or {}
     # Without a log file twistd -n logs to stdout, where the address is to be seen.
     logs_elsewhere = parent.get("logfile") not in (None, "-") or parent.get("syslog")
     prints = bool(parent.get("nodaemon") and logs_elsewhere)
@@ -245,7 +255,7 @@ def makeService(options: Options) -> Daemon:
     failures: list[Failure] = []
     try:
         for service in _services(options):
-            service.setServiceParent(daemon)
+            service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
             service.bind().addErrback(failures.append)
             if failures:
                 failures[0].raiseException()
@@ -255,7 +265,8 @@ def makeService(options: Options) -> Daemon:
 
 
 def _services(options: Options) -> list[TcpService]:
-    make, handler = TcpService, options["function"]
+    make: Any = TcpService
+    handler = options["function"]
     if options["kind"] == "sock-handler":
         make = TcpService.of_socks
     elif options["kind"] == "factory":

@@ -341,7 +341,7 @@ class MemoryServer:
     ) -> None:
         self.clock = Clock() if clock is None else clock
         self.address = address or IPv4Address("TCP", LOCALHOST, 8000)
-        self.errors: list[BaseException] = []
+        self.errors: list[BaseException | None] = []
         self._clients = 0
         self.factory = make_factory(
             handler,

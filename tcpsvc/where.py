@@ -310,9 +310,7 @@ class _Inet(SocketPlace[InetAddress, int]):
             )
             return ListeningSocket(made, maps_ipv4=self.dual_stack)
         try:
-            _take_given(
-                given, socket.AF_INET6 if ":" in self.host else socket.AF_INET
-            )
+            _take_given(given, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
             listen_on_given(given, inet_sockaddr(self.host, self.port), backlog)
             return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
         except BaseException:
@@ -418,6 +416,8 @@ def _maps_ipv4(listening: socket.socket) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EndpointPlace(WhereToListen[IAddress, IAddress]):
+    """A place that only an endpoint can listen on."""
+
     endpoint: str | IStreamServerEndpoint
 
     @property
@@ -434,9 +434,7 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
         if not isinstance(self.endpoint, str):
             return self.endpoint
         try:
-            return cast(
-                IStreamServerEndpoint, serverFromString(reactor, self.endpoint)
-            )
+            return cast(IStreamServerEndpoint, serverFromString(reactor, self.endpoint))
         except Exception as error:
             raise ValueError(
                 f"endpoint={self.endpoint!r} cannot be used: "
@@ -445,4 +443,3 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
 
     def __str__(self) -> str:
         return self.endpoint if isinstance(self.endpoint, str) else repr(self.endpoint)
-

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import ITransport
@@ -55,7 +55,7 @@ class Writer:
         "in_transport",
     )
 
-    def __init__(self, connection: StreamConnection, limit: int) -> None:
+    def __init__(self, connection: StreamConnection[Any], limit: int) -> None:
         self._connection = connection
         self._limit = limit
         self._state = _OPEN
@@ -209,7 +209,7 @@ class Writer:
     @property
     def transport(self) -> ITransport:
         """Twisted's transport, for its addresses and TLS details (spec S7)."""
-        return self._connection.transport
+        return cast(ITransport, self._connection.transport)
 
     @property
     def peer(self) -> Any:

@@ -1,0 +1,1034 @@
+"""
+``twistd tcpsvc`` and ``python -m twisted tcpsvc``, as real processes: every
+option, the signals, the exit status, and what is said about bad input (issue 2,
+section 3; spec H7, E3).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.address import IPv4Address, UNIXAddress
+
+import tcpsvc
+from tcpsvc import tap
+from tests.support import Client, the_reactor
+from tests.tls import client_context, make_certificate
+
+#: Seconds that a process may take for anything; only a failing test waits so long.
+PATIENCE = 20.0
+
+ROOT = Path(tcpsvc.__file__).parent.parent
+
+#: A module of a user's, as it lies in the current directory.
+HANDS = '''
+import atexit, os, socket
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.protocol import Factory, Protocol
+
+VALUE = 3
+
+async def obey(address, reader, writer):
+    """Greets, and does as each line says."""
+    writer.write(b"hello\\n")
+    async for line in reader:
+        order, _, rest = line.decode().strip().partition(" ")
+        if order == "answer":
+            writer.write(b"x" * 1_000_000)
+            return
+        elif order == "exit":
+            writer.write(b"last words\\n")
+            raise SystemExit(int(rest) if rest.isdigit() else rest or None)
+        elif order == "interrupt":
+            raise KeyboardInterrupt
+        elif order == "raise":
+            raise ValueError("oh dear")
+        elif order == "deaf":
+            writer.write(b"what?\\n")
+            await Deferred()
+        elif order == "stubborn":
+            writer.write(b"no\\n")
+            while True:
+                try:
+                    await Deferred()
+                except CancelledError:
+                    pass
+        elif order == "uid":
+            writer.write(b"%d\\n" % os.getuid())
+        elif order == "note":
+            atexit.register(open, rest, "w")
+            writer.write(b"noted\\n")
+        elif order == "flood":
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+
+def sock(address, client):
+    client.send(b"socket\\n")
+
+class Once(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"protocol\\n")
+        self.transport.loseConnection()
+
+def factory():
+    return Factory.forProtocol(Once)
+
+def nothing():
+    return None
+
+def bad_factory():
+    raise RuntimeError("no\\nfactory today")
+
+def leaving_factory():
+    raise SystemExit(0)
+
+async def async_factory():
+    return factory()
+'''
+
+MODULES = {
+    "hands.py": HANDS,
+    "divides.py": "1 / 0\n",
+    "garbled.py": "def fn(:\n",
+    "needy.py": "import no_such_thing_at_all\n",
+    "quits.py": "import sys\nsys.exit()\n",
+}
+
+
+def reactor_options() -> list[str]:
+    """The children run on the kind of reactor that these tests run on."""
+    if type(the_reactor()).__module__ == "twisted.internet.asyncioreactor":
+        return ["--reactor=asyncio"]
+    return []
+
+
+def twistd(*options: str) -> list[str]:
+    """
+    The command line of the twistd script, which unlike ``python -m`` does not
+    see the current directory.
+    """
+    script = Path(sys.executable).with_name("twistd")
+    assert script.exists()
+    return [sys.executable, str(script), *reactor_options(), *options]
+
+
+def twist(*options: str) -> list[str]:
+    """The command line of ``python -m twisted``; its log is lines of text."""
+    return [
+        sys.executable, "-m", "twisted", *reactor_options(), "--log-format=text",
+        *options,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """A user's, in which our tcpsvc is installed."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def processes_in(directory: Path) -> list[int]:
+    """The processes that work in a directory: daemons do not hide from this."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/cwd") == str(directory):
+                    found.append(int(name))
+            except OSError:
+                continue  # It has ended, as the most of them.
+    return found
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait for the end of a process that is nobody's child."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(PATIENCE * 1000), f"process {pid} goes on"
+    finally:
+        os.close(descriptor)
+
+
+def kill_all_in(directory: Path) -> None:
+    """Whatever a test has left running in its own directory."""
+    for pid in processes_in(directory):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        wait_for_end(pid)
+
+
+class Child:
+    """A command in a directory of its own, and what it says."""
+
+    def __init__(self, directory: Path, argv: list[str]) -> None:
+        self.directory = directory
+        self.text = {"stdout": "", "stderr": ""}
+        self.process = subprocess.Popen(
+            argv,
+            cwd=directory,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._pipes = {
+            pipe.fileno(): name
+            for name, pipe in (
+                ("stdout", self.process.stdout),
+                ("stderr", self.process.stderr),
+            )
+            if pipe is not None
+        }
+        self._poll = select.poll()
+        for descriptor in self._pipes:
+            self._poll.register(descriptor, select.POLLIN)
+        self._deadline = time.monotonic() + PATIENCE
+
+    @property
+    def out(self) -> str:
+        return self.text["stdout"]
+
+    @property
+    def err(self) -> str:
+        return self.text["stderr"]
+
+    def read(self) -> bool:
+        """Wait for more of its output. False when there will be none."""
+        while self._pipes:
+            left = self._deadline - time.monotonic()
+            ready = self._poll.poll(max(0, left * 1000))
+            assert ready, f"waited in vain:\n{self.out}\n{self.err}"
+            for descriptor, _ in ready:
+                data = os.read(descriptor, 65536)
+                self.text[self._pipes[descriptor]] += data.decode()
+                if data:
+                    return True
+                self._poll.unregister(descriptor)
+                del self._pipes[descriptor]
+        return False
+
+    def expect(self, pattern: str, count: int = 1) -> list[Any]:
+        """Wait until a line of its stdout was seen so many times."""
+        self._deadline = time.monotonic() + PATIENCE
+        while len(found := re.findall(pattern, self.out)) < count:
+            more = self.read()
+            assert more, f"no {pattern!r}:\n{self.out}\n{self.err}"
+        return found
+
+    def address(self, host: str = r"127\.0\.0\.1") -> IPv4Address:
+        """Where it says that it listens."""
+        port = self.expect(rf"listening on {host}:(\d+)\n")[0]
+        return IPv4Address("TCP", "127.0.0.1", int(port))
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended and everything it said is read."""
+        self._deadline = time.monotonic() + PATIENCE
+        while self.read():
+            pass
+        return self.process.wait(PATIENCE)
+
+    def end(self) -> None:
+        """Whatever has happened: it ends, and its daemon with it."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+        kill_all_in(self.directory)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """``start(*argv)``: a child in a new directory with the module ``hands``."""
+    made: list[Child] = []
+
+    def start(*argv: str, directory: Path | None = None) -> Child:
+        if directory is None:
+            directory = tmp_path / f"child{len(made)}"
+            directory.mkdir()
+            (directory / "hands.py").write_text(HANDS)
+        child = Child(directory, list(argv))
+        made.append(child)
+        return child
+
+    yield start
+    for child in made:
+        child.end()
+
+
+def stop(*children: Child) -> list[int]:
+    """SIGTERM to all of them. Their exit status."""
+    for child in children:
+        child.signal(signal.SIGTERM)
+    return [child.wait() for child in children]
+
+
+def refused(address: Any, patience: float = PATIENCE) -> bool:
+    """Connecting is refused, at the latest after a while."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            Client(address).close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except ConnectionResetError:
+            continue
+        if time.monotonic() > deadline:
+            return False
+
+
+# What it serves, and where it says so.
+
+
+def test_with_no_option_it_echoes_on_localhost_and_says_where(
+    start: Any, connect: Any
+) -> None:
+    """No option at all: the echo handler, on localhost only; -n prints it."""
+    first = start(*twistd("-n", "tcpsvc"))
+    second = start(*twist("tcpsvc"))
+    for child in (first, second):
+        client = connect(child.address())
+        client.send(b"abc")
+        assert client.read(3) == b"abc"
+        client.shut()
+        assert client.read_all() == b""
+        assert child.out.count("listening on") == 1
+    # SIGTERM ends both as it ends any program of Twisted's.
+    assert stop(first, second) == [-signal.SIGTERM] * 2
+    assert first.err == ""
+    assert second.err == ""
+    assert sorted(os.listdir(first.directory)) == ["hands.py"]
+
+
+def test_n_prints_the_address_also_when_the_log_goes_to_a_file(start: Any) -> None:
+    """Printed under -n, at once, though stdout is a pipe; and logged once."""
+    children = [
+        start(*twistd("-n", "--logfile=x.log", "tcpsvc")),
+        start(*twist("--log-file=x.log", "tcpsvc")),
+    ]
+    for child in children:
+        child.address()
+        log = (child.directory / "x.log").read_text()
+        assert log.count("listening on 127.0.0.1:") == 1
+    stop(*children)
+
+
+def test_a_daemon_logs_its_address_and_ends_by_sigterm(
+    start: Any, connect: Any
+) -> None:
+    """Without -n: pidfile and log, nothing said, and a drain at the end."""
+    child = start(
+        *twistd(
+            "--pidfile=x.pid", "--logfile=x.log", "--rundir=..", "tcpsvc",
+            "--handler=hands.obey", "--port=0", "--socket=x.sock",
+        )
+    )  # fmt: skip
+    assert child.wait() == 0
+    assert child.out == ""
+    assert child.err == ""
+    child.directory, own = child.directory.parent, child.directory
+    log = own / "x.log"
+    ports = re.findall(r"listening on 0\.0\.0\.0:(\d+)\n", log.read_text())
+    assert f"listening on unix:{own}/x.sock\n" in log.read_text()
+    address = IPv4Address("TCP", "127.0.0.1", int(*ports))
+    clients = [connect(address), connect(UNIXAddress(str(own / "x.sock")))]
+    for client in clients:
+        assert client.read(6) == b"hello\n"
+    pid = int((own / "x.pid").read_text())
+    assert pid in processes_in(own.parent)
+    os.kill(pid, signal.SIGTERM)
+    assert refused(address)
+    for client in clients:
+        client.send(b"answer\n")
+        assert len(client.read_all()) == 1_000_000
+    wait_for_end(pid)
+    # A relative path is unlinked wherever --rundir has led.
+    assert sorted(os.listdir(own)) == ["hands.py", "x.log"]
+
+
+def test_the_plugin_is_listed_and_explains_itself(start: Any) -> None:
+    """twistd --help lists tcpsvc; its own --help has every option of section 3."""
+    listed = start(*twistd("--help"))
+    own = start(*twistd("tcpsvc", "--help"))
+    version = start(*twistd("tcpsvc", "--version"))
+    assert [c.wait() for c in (listed, own, version)] == [0, 0, 0]
+    assert re.search(r"^ +tcpsvc +\S", listed.out, re.M)
+    for option in (
+        "handler", "factory", "sock-handler", "listen", "port", "socket",
+        "max-connections", "max-accepts-per-batch", "backlog", "drop-incoming",
+        "reuse-port", "buffer-age-limit", "on-handler-error", "app-dir",
+        "drain-timeout", "version", "help",
+    ):  # fmt: skip
+        assert f"--{option}" in own.out
+    assert version.out == f"tcpsvc {tcpsvc.__version__}\n"
+
+
+# The options.
+
+
+def test_several_listeners_of_every_kind_at_once(
+    start: Any, connect: Any, tmp_path: Path
+) -> None:
+    """--port, --socket and --listen, each given twice, tls: and ssl: too."""
+    pems = tmp_path / "pems"
+    pems.mkdir()
+    pem = make_certificate(pems)
+    child = start(
+        *twistd(
+            "-n", "tcpsvc", "--handler", "hands.obey",
+            "--port", "0", "--port", "0", "--socket", "a.sock", "--socket", "b.sock",
+            "--listen", "tcp:0:interface=127.0.0.1", "--listen", "unix:c.sock",
+            "--listen", f"tls:{pems}:0:interface=127.0.0.1",
+            "--listen", f"ssl:0:privateKey={pem}:certKey={pem}:interface=127.0.0.1",
+        )
+    )  # fmt: skip
+    child.expect("listening on ", count=8)
+    everywhere = child.expect(r"listening on 0\.0\.0\.0:(\d+)\n", count=2)
+    local = child.expect(r"listening on 127\.0\.0\.1:(\d+)\n", count=3)
+    paths = child.expect(r"listening on unix:(\S+)\n", count=3)
+    assert [os.path.basename(p) for p in paths] == ["a.sock", "b.sock", "c.sock"]
+    addresses: list[Any] = [
+        IPv4Address("TCP", "127.0.0.1", int(port)) for port in everywhere + local
+    ]
+    addresses += [UNIXAddress(str(child.directory / path)) for path in paths]
+    tls = addresses[3:5]
+    for address in addresses:
+        client = connect(address)
+        if address in tls:
+            # The certificate directory knows its names only from the client's.
+            client.socket = client_context().wrap_socket(
+                client.socket, server_hostname="127.0.0.1"
+            )
+        assert client.read(6) == b"hello\n"
+        client.send(b"answer\n")
+        assert client.read(1_000_000) == b"x" * 1_000_000
+        client.close()
+    assert stop(child) == [-signal.SIGTERM]
+    assert sorted(os.listdir(child.directory)) == ["hands.py"]
+
+
+def test_handlers_of_every_kind(start: Any, connect: Any) -> None:
+    """--sock-handler and --factory, by both commands; modules of --app-dir."""
+    children = [
+        start(*twistd("-n", "tcpsvc", "--sock-handler=hands.sock", "--drop-incoming")),
+        start(*twistd("-n", "tcpsvc", "--sock-handler=hands.sock")),
+        start(*twist("tcpsvc", "--factory=hands.factory")),
+    ]
+    app = children[0].directory
+    elsewhere = app.parent / "elsewhere"
+    elsewhere.mkdir()
+    children.append(
+        start(
+            *twistd(
+                "-n", "tcpsvc", f"--app-dir={app}", "--factory", "hands.factory",
+                "--port=0", "--max-connections=1",
+            ),
+            directory=elsewhere,
+        )
+    )  # fmt: skip
+    said = [
+        connect(child.address(r"\d+\.0\.0\.[01]")).read_all() for child in children
+    ]
+    # The first one drops: EOF and nothing else.
+    assert said == [b"", b"socket\n", b"protocol\n", b"protocol\n"]
+    stop(*children)
+
+
+def test_the_limits_of_connections_and_backlog(start: Any, connect: Any) -> None:
+    """--max-connections, and --backlog for --socket and for --listen."""
+    child = start(
+        *twistd(
+            "-n", "tcpsvc", "--handler=hands.obey", "--max-connections=1",
+            "--backlog=2", "--socket=a.sock", "--listen=unix:b.sock",
+        )
+    )  # fmt: skip
+    child.expect("listening on", count=2)
+    for name in ("a.sock", "b.sock"):
+        address = UNIXAddress(str(child.directory / name))
+        clients = [connect(address)]
+        assert clients[0].read(6) == b"hello\n"
+        # Linux lets one more wait than the backlog says, and a UNIX client that
+        # does not block hears at once that there is no room.
+        clients += [connect(address) for _ in range(3)]
+        with (
+            socket.socket(socket.AF_UNIX) as beyond,
+            pytest.raises(BlockingIOError),
+        ):
+            beyond.setblocking(False)
+            beyond.connect(address.name)
+        for client in clients:
+            client.send(b"answer\n")
+        assert [len(c.read_all()) for c in clients] == [1_000_000] + [1_000_006] * 3
+    stop(child)
+
+
+def test_two_processes_share_a_port_with_reuse_port(start: Any, connect: Any) -> None:
+    """--reuse-port: the second process listens too, and serves when it is alone."""
+    first = start(*twistd("-n", "tcpsvc", "--port=0", "--reuse-port"))
+    address = first.address(r"0\.0\.0\.0")
+    second = start(*twistd("-n", "tcpsvc", f"--port={address.port}", "--reuse-port"))
+    third = start(*twistd("-n", "tcpsvc", f"--port={address.port}"))
+    assert second.address(r"0\.0\.0\.0") == address
+    assert third.wait() == 1
+    stop(first)
+    client = connect(address)
+    client.send(b"abc")
+    assert client.read(3) == b"abc"
+    client.close()
+    stop(second)
+
+
+def test_a_client_that_does_not_read_is_closed_by_the_buffer_age_limit(
+    start: Any, connect: Any
+) -> None:
+    """--buffer-age-limit, with the error policies log (the default) and ignore."""
+    options = ["--handler=hands.obey", "--buffer-age-limit=0.2"]
+    logging = start(*twistd("-n", "tcpsvc", *options))
+    ignoring = start(*twistd("-n", "tcpsvc", "--on-handler-error=ignore", *options))
+    unlimited = start(*twistd("-n", "tcpsvc", *options[:1], "--buffer-age-limit=none"))
+    children = [logging, ignoring, unlimited]
+    clients = [connect(child.address()) for child in children]
+    for client in clients:
+        client.send(b"flood\n")
+    for client in clients[:2]:
+        # Nothing is read, and the connection ends all the same.
+        poll = select.poll()
+        poll.register(client.socket, select.POLLHUP | select.POLLERR)
+        client.shut()
+        assert poll.poll(PATIENCE * 1000)
+    logging.expect("BufferAgeLimitExceeded")
+    poll = select.poll()
+    poll.register(clients[2].socket, select.POLLHUP | select.POLLERR)
+    assert not poll.poll(0)
+    clients[2].close()
+    assert stop(*children) == [-signal.SIGTERM] * 3
+    assert "BufferAgeLimitExceeded" not in ignoring.out + unlimited.out
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """``made(*options)``: the description of what the options make."""
+
+    def made(*options: str) -> Any:
+        parsed = tap.Options()
+        parsed.parseOptions(["--handler=tcpsvc.handlers.discard", *options])
+        daemon = tap.makeService(parsed)
+        try:
+            (service,) = daemon.services_of_tcp()
+            assert service.server is not None
+            return service.server.describe()
+        finally:
+            daemon.abandon()
+            atexit.unregister(daemon.abandon)
+
+    yield made
+
+
+def test_every_option_reaches_the_server(made: Any) -> None:
+    """What cannot be seen from outside."""
+    described = made(
+        "--max-connections=7", "--max-accepts-per-batch=5", "--buffer-age-limit=none",
+        "--drop-incoming", "--on-handler-error=raise",
+    )  # fmt: skip
+    assert described["max_connections"] == 7
+    assert described["max_accepts_per_batch"] == 5
+    assert described["buffer_age_limit"] is None
+    assert described["is_dropping_incoming_connections"] is True
+    assert described["on_handler_error"] == "raise"
+    assert made("--buffer-age-limit=2.5")["buffer_age_limit"] == 2.5
+    default = made()
+    assert default["buffer_age_limit"] == 120
+    assert default["max_accepts_per_batch"] == 1
+    assert default["is_dropping_incoming_connections"] is False
+    assert default["on_handler_error"] == "log_error"
+    assert tap.Options()["drain-timeout"] == 30
+
+
+# Signals.
+
+
+def test_a_signal_drains_and_in_the_end_insists(start: Any, connect: Any) -> None:
+    """
+    SIGTERM and SIGINT: nobody is accepted, an answer is finished, once a second a
+    line says how many remain, and at --drain-timeout what is left is closed.
+    """
+    options = ["tcpsvc", "--handler=hands.obey", "--drain-timeout=2.5"]
+    runs = [
+        (start(*twistd("-n", *options)), signal.SIGTERM),
+        (start(*twistd("-n", *options)), signal.SIGINT),
+        (start(*twist(*options)), signal.SIGTERM),
+        (start(*twist(*options)), signal.SIGINT),
+    ]
+    clients = []
+    for child, number in runs:
+        address = child.address()
+        answered, idle, deaf = three = [connect(address) for _ in range(3)]
+        for client in three:
+            assert client.read(6) == b"hello\n"
+        deaf.send(b"deaf\n")
+        assert deaf.read(6) == b"what?\n"
+        child.signal(number)
+        child.expect("draining, 3 connections remain")
+        assert refused(address)
+        answered.send(b"answer\n")
+        assert answered.read_all() == b"x" * 1_000_000
+        answered.close()
+        clients.append((idle, deaf))
+    for (child, number), (idle, deaf) in zip(runs, clients, strict=True):
+        assert idle.read_all() == b""
+        assert deaf.read_all() == b""
+        assert child.wait() == -number
+        assert re.findall(r"draining, (\d) connections remain", child.out) == [
+            "3", "2", "2",
+        ]  # fmt: skip
+        assert "closing 2 connections that remain" in child.out
+        assert "Traceback" not in child.out
+        assert child.err == ""
+
+
+def test_a_second_signal_closes_what_remains_at_once(start: Any, connect: Any) -> None:
+    """Also of the other kind, and also handlers that do not heed a cancellation."""
+    options = ["tcpsvc", "--handler=hands.obey", "--drain-timeout=300"]
+    runs = [
+        (start(*twistd("-n", *options)), signal.SIGTERM, signal.SIGTERM, b"deaf\n"),
+        (start(*twistd("-n", *options)), signal.SIGTERM, signal.SIGINT, b"stubborn\n"),
+        (start(*twist(*options)), signal.SIGINT, signal.SIGINT, b"deaf\n"),
+    ]
+    clients = []
+    for child, *_, order in runs:
+        client = connect(child.address())
+        client.send(order)
+        client.read(len(b"hello\n") + 1)
+        clients.append(client)
+    for child, number, *_ in runs:
+        child.signal(number)
+        child.expect("draining, 1 connections remain")
+    for child, _, number, _ in runs:
+        child.signal(number)
+    for (child, number, *_, order), client in zip(runs, clients, strict=True):
+        client.read_all()
+        assert child.wait() == -number
+        assert "closing 1 connections that remain" in child.out
+        assert ("1 handlers do not end" in child.out) == (order == b"stubborn\n")
+
+
+def test_the_path_is_gone_also_after_the_second_signal(
+    start: Any, connect: Any
+) -> None:
+    """Nothing stays on disk, whatever the handlers do."""
+    child = start(
+        *twistd("-n", "tcpsvc", "--socket=a.sock", "--drain-timeout=0")
+    )
+    child.expect("listening on")
+    client = connect(UNIXAddress(str(child.directory / "a.sock")))
+    client.send(b"a")
+    assert client.read(1) == b"a"
+    stop(child)
+    assert client.read_all() == b""
+    assert sorted(os.listdir(child.directory)) == ["hands.py"]
+
+
+# What handlers do to the process.
+
+
+def test_a_handler_error_under_raise_drains_and_fails(start: Any, connect: Any) -> None:
+    """E3: bounded by --drain-timeout; a non-zero exit status."""
+    options = ["tcpsvc", "--handler=hands.obey", "--on-handler-error=raise"]
+    waiting = start(*twistd("-n", *options, "--socket=a.sock"))
+    hurrying = start(*twist(*options, "--drain-timeout=0.2"))
+    waiting.expect("listening on unix:")
+    hurrying.expect("listening on")
+    for child in (waiting, hurrying):
+        if child is waiting:
+            address: Any = UNIXAddress(str(child.directory / "a.sock"))
+        else:
+            address = child.address()
+        other, failing = connect(address), connect(address)
+        assert other.read(6) == b"hello\n"
+        failing.send(b"raise\n")
+        assert failing.read_all() == b"hello\n"
+        assert refused(address)
+        if child is waiting:
+            child.expect("draining, 1 connections remain")
+            other.send(b"answer\n")
+            assert len(other.read_all()) == 1_000_000
+        else:
+            assert other.read_all() == b""
+        assert child.wait() == 1
+        assert child.out.count("ValueError: oh dear") == 1
+    assert sorted(os.listdir(waiting.directory)) == ["hands.py"]
+
+
+def test_handler_errors_are_logged_by_default_and_ignored_on_request(
+    start: Any, connect: Any
+) -> None:
+    """E1: the server goes on; log_error names the client."""
+    logging = start(*twistd("-n", "tcpsvc", "--handler=hands.obey"))
+    ignoring = start(
+        *twistd("-n", "tcpsvc", "--handler=hands.obey", "--on-handler-error=ignore")
+    )
+    for child in (logging, ignoring):
+        address = child.address()
+        client = connect(address)
+        client.send(b"raise\n")
+        assert client.read_all() == b"hello\n"
+        client = connect(address)
+        assert client.read(6) == b"hello\n"
+        client.close()
+    assert stop(logging, ignoring) == [-signal.SIGTERM] * 2
+    assert "ValueError: oh dear" in logging.out
+    assert re.search(r"handler of .*127\.0\.0\.1.* failed", logging.out)
+    assert "oh dear" not in ignoring.out
+
+
+def test_the_exit_status_is_the_handlers_system_exit(start: Any, connect: Any) -> None:
+    """H7: by both commands; the client still reads the last words, then FIN."""
+    options = ["tcpsvc", "--handler=hands.obey", "--on-handler-error=raise"]
+    runs = [
+        (start(*twistd("-n", *options)), b"exit 3", 3),
+        (start(*twist(*options)), b"exit 3", 3),
+        (start(*twistd("-n", *options)), b"exit 0", 0),
+        (start(*twistd("-n", *options)), b"exit", 0),
+        (start(*twistd("-n", *options)), b"exit in anger", 1),
+        (start(*twistd("-n", *options)), b"interrupt", 128 + signal.SIGINT),
+    ]
+    for child, order, _ in runs:
+        address = child.address()
+        client, other = connect(address), connect(address)
+        assert other.read(6) == b"hello\n"
+        client.send(b"note noted.txt\n" + order + b"\n")
+        answer = b"hello\nnoted\n"
+        if order.startswith(b"exit"):
+            answer += b"last words\n"
+        assert client.read_all() == answer
+        # The rest drains as always.
+        other.send(b"answer\n")
+        assert len(other.read_all()) == 1_000_000
+    assert [child.wait() for child, *_ in runs] == [status for *_, status in runs]
+    assert "in anger" in runs[4][0].out + runs[4][0].err
+    for child, *_ in runs:
+        # What the handler's module had registered has run.
+        assert (child.directory / "noted.txt").exists()
+
+
+# Privileges.
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root drops privileges")
+
+
+@as_root
+def test_what_is_bound_is_bound_before_privileges_are_dropped(
+    start: Any, connect: Any
+) -> None:
+    """The socket is made in a directory that only root may write."""
+    child = start(
+        *twistd("-n", "-u", "65534", "-g", "65534", "--pidfile=", "tcpsvc",
+                "--handler=hands.obey", "--socket=a.sock"),
+    )  # fmt: skip
+    os.chmod(child.directory, 0o700)
+    child.expect("listening on")
+    client = connect(UNIXAddress(str(child.directory / "a.sock")))
+    client.send(b"uid\n")
+    assert client.read(12) == b"hello\n65534\n"
+    client.close()
+    stop(child)
+
+
+@as_root
+@pytest.mark.parametrize("mode", [("-n",), ()], ids=["n", "daemon"])
+def test_a_bad_uid_leaves_no_socket_behind(start: Any, mode: tuple[str, ...]) -> None:
+    """twistd fails after everything was bound."""
+    nobody = "3999999"  # In no user database.
+    child = start(
+        *twistd(*mode, "--pidfile=", "--logfile=x.log", "--uid", nobody, "tcpsvc",
+                "--socket=a.sock", "--listen=unix:b.sock", "--port=0"),
+    )  # fmt: skip
+    assert child.wait() == 1
+    for pid in processes_in(child.directory):
+        wait_for_end(pid)
+    assert sorted(os.listdir(child.directory)) == ["hands.py", "x.log"]
+
+
+# Bad input.
+
+#: name -> the options, and what the one line says. Everything good that comes
+#: before the bad one has been bound by then, and must be gone.
+BAD: dict[str, tuple[list[str], str]] = {
+    "no_module": (["--handler=no_such_module.fn"], "no_such_module"),
+    "no_submodule": (["--handler=hands.no_such.fn"], "no_such"),
+    "no_attribute": (["--handler=hands.no_such"], "no_such"),
+    "no_dot": (["--handler=hands"], "'hands'"),
+    "empty_handler": (["--handler="], "--handler"),
+    "odd_name": (["--handler=hands..obey"], "hands..obey"),
+    "not_callable": (["--handler=hands.VALUE"], "not callable"),
+    "import_fails": (["--handler=divides.fn"], "ZeroDivisionError"),
+    "syntax_error": (["--handler=garbled.fn"], "SyntaxError"),
+    "import_needs_module": (["--handler=needy.fn"], "no_such_thing_at_all"),
+    "import_exits": (["--handler=quits.fn"], "SystemExit"),
+    "sock_no_attribute": (["--sock-handler=hands.no_such"], "--sock-handler"),
+    "factory_no_attribute": (["--factory=hands.no_such"], "--factory"),
+    "factory_raises": (["--factory=hands.bad_factory"], "no factory today"),
+    "factory_exits": (["--factory=hands.leaving_factory"], "SystemExit"),
+    "factory_returns_none": (["--factory=hands.nothing"], "None"),
+    "factory_is_async": (["--factory=hands.async_factory"], "coroutine"),
+    "two_handlers": (
+        ["--handler=hands.obey", "--factory=hands.factory"],
+        "--handler and --factory",
+    ),
+    "port_no_number": (["--port=http"], "http"),
+    "port_empty": (["--port="], "--port"),
+    "port_negative": (["--port=-1"], "-1"),
+    "port_too_high": (["--port=65536"], "65536"),
+    "port_in_use": (["--port={used}"], "{used}"),
+    "endpoint_in_use": (["--listen=tcp:{used}"], "{used}"),
+    "socket_empty": (["--socket="], "path"),
+    "socket_no_directory": (["--socket=no_such/a.sock"], "no_such/a.sock"),
+    "socket_below_file": (["--socket=../app/hands.py/a.sock"], "hands.py/a.sock"),
+    "socket_is_file": (["--socket=../app/hands.py"], "no socket"),
+    "socket_is_directory": (["--socket=../app"], "no socket"),
+    "socket_alive": (["--socket=good.sock"], "alive"),
+    "socket_too_long": (["--socket=" + "x" * 150], "107"),
+    "endpoint_unknown": (["--listen=nonsense:1"], "nonsense"),
+    "endpoint_no_port": (["--listen=tcp"], "tcp"),
+    "endpoint_bad_port": (["--listen=tcp:http"], "http"),
+    "endpoint_port_too_high": (["--listen=tcp:65536"], "65536"),
+    "endpoint_port_negative": (["--listen=tcp:-1"], "-1"),
+    "endpoint_bad_option": (["--listen=tcp:0:no_such=1"], "no_such"),
+    "endpoint_empty": (["--listen="], "endpoint"),
+    "endpoint_bad_interface": (["--listen=tcp:0:interface=192.0.2.1"], "192.0.2.1"),
+    "endpoint_no_directory": (["--listen=unix:no_such/a.sock"], "no_such"),
+    "endpoint_path_too_long": (["--listen=unix:" + "x" * 150], "too long"),
+    "endpoint_no_key": (["--listen=ssl:0:privateKey=no_such.pem"], "no_such.pem"),
+    "endpoint_no_systemd": (["--listen=systemd:domain=INET:index=0"], "systemd"),
+    "endpoint_no_plain_socket": (
+        [
+            "--listen=ssl:0:privateKey=../app/server.pem:certKey=../app/server.pem",
+            "--sock-handler=hands.sock",
+        ],
+        "plain sockets",
+    ),
+    "endpoint_backlog": (["--listen=tcp:0:backlog=few"], "few"),
+    "max_connections": (["--max-connections=0"], "max-connections"),
+    "max_connections_text": (["--max-connections=many"], "many"),
+    "max_accepts": (["--max-accepts-per-batch=0"], "max-accepts-per-batch"),
+    "backlog": (["--backlog=0"], "backlog"),
+    "backlog_negative": (["--backlog=-5"], "-5"),
+    "age_limit": (["--buffer-age-limit=0"], "buffer-age-limit"),
+    "age_limit_text": (["--buffer-age-limit=old"], "old"),
+    "age_limit_nan": (["--buffer-age-limit=nan"], "nan"),
+    "drain_timeout": (["--drain-timeout=-1"], "drain-timeout"),
+    "drain_timeout_text": (["--drain-timeout=soon"], "soon"),
+    "drain_timeout_nan": (["--drain-timeout=nan"], "nan"),
+    "on_handler_error": (["--on-handler-error=panic"], "panic"),
+    "unknown_option": (["--no-such-option"], "no-such-option"),
+    "option_without_value": (["--port"], "port"),
+    "flag_with_value": (["--drop-incoming=no"], "drop-incoming"),
+    "argument": (["hands.obey"], "argument"),
+}
+
+#: Without the good options before: they would hide what is wrong.
+ALONE = {
+    "reuse_port_alone": (["--reuse-port"], "--reuse-port"),
+    "reuse_port_of_endpoint": (["--reuse-port", "--listen=tcp:0"], "--reuse-port"),
+}
+
+GOOD = ["--port=0", "--socket=good.sock", "--listen=unix:fine.sock"]
+
+#: Starts many processes in little time: it imports everything once, and forks.
+#: It reads a job a line, and answers with a line of the job's number and status.
+FORKER = """
+import json, os, signal, sys
+import twisted.application.app, twisted.application.twist._twist, twisted.scripts.twistd
+import twisted.scripts._twistd_unix, twisted.internet.base, twisted.internet.endpoints
+import twisted.plugin, twisted.web.server
+import tcpsvc.server, tcpsvc.service
+assert "twisted.internet.reactor" not in sys.modules
+
+def run(job):
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job["directory"] + "." + name, os.O_WRONLY | os.O_CREAT), number)
+    signal.alarm(15)  # It should have refused at once; it serves.
+    os.chdir(job["directory"])
+    sys.argv = job["argv"]
+    if job["mode"] == "twist":
+        sys.path[0] = job["directory"]
+        from twisted.application.twist._twist import Twist
+        Twist.main(sys.argv)
+    else:
+        del sys.path[0]
+        from twisted.scripts.twistd import run
+        run()
+
+jobs = {}
+
+def reap():
+    pid, status = os.wait()
+    print(jobs.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if len(jobs) >= 3:
+        reap()
+    pid = os.fork()
+    if pid:
+        jobs[pid] = job["number"]
+        continue
+    sys.stdin = open(os.devnull)
+    run(job)
+    sys.exit()
+while jobs:
+    reap()
+"""
+
+
+class Outcome:
+    """How a process with bad input has ended."""
+
+    def __init__(self, directory: Path, status: int, used: int) -> None:
+        self.status = status
+        self.used = str(used)
+        self.out = directory.with_name(directory.name + ".out").read_text()
+        self.err = directory.with_name(directory.name + ".err").read_text()
+        self.files = sorted(os.listdir(directory))
+        self.running = processes_in(directory)
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: Any, tmp_path_factory: Any
+) -> Iterator[dict[tuple[str, str], Outcome]]:
+    """All selected cases of bad input, run before the first of them is judged."""
+    base = tmp_path_factory.mktemp("bad")
+    app = base / "app"
+    app.mkdir()
+    for name, text in MODULES.items():
+        (app / name).write_text(text)
+    make_certificate(app)
+    wanted = [
+        (item.callspec.params["mode"], item.callspec.params["case"])
+        for item in request.session.items
+        if item.fspath == request.fspath and "outcomes" in item.fixturenames
+    ]
+    with socket.create_server(("", 0)) as used:
+        port = used.getsockname()[1]
+        jobs = []
+        for number, (mode, case) in enumerate(wanted):
+            directory = base / f"{mode}-{case}"
+            directory.mkdir()
+            bad, _ = {**BAD, **ALONE}[case]
+            good = [] if case in ALONE else GOOD
+            argv = ["x", *reactor_options(), *{"n": ["-n"]}.get(mode, []), "tcpsvc"]
+            argv += [*good, "--app-dir=../app"]
+            argv += [option.format(used=port) for option in bad]
+            jobs.append(
+                {"number": number, "mode": mode, "directory": str(directory), "argv": argv}
+            )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", FORKER],
+                input="".join(json.dumps(job) + "\n" for job in jobs),
+                capture_output=True,
+                text=True,
+                env=environment(),
+                cwd=base,
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stderr
+            statuses = dict(map(int, line.split()) for line in done.stdout.splitlines())
+            yield {
+                key: Outcome(Path(job["directory"]), statuses[number], port)
+                for number, (key, job) in enumerate(zip(wanted, jobs, strict=True))
+            }
+        finally:
+            for job in jobs:
+                kill_all_in(Path(job["directory"]))
+
+
+@pytest.mark.parametrize("case", [*BAD, *ALONE])
+@pytest.mark.parametrize("mode", ["n", "daemon", "twist"])
+def test_bad_input_is_one_line_and_nothing_is_left(
+    outcomes: dict[tuple[str, str], Outcome], mode: str, case: str
+) -> None:
+    """With and without -n: a line on stderr, a status, nothing bound or on disk."""
+    outcome = outcomes[mode, case]
+    said = {**BAD, **ALONE}[case][1].replace("{used}", outcome.used)
+    assert outcome.running == [], outcome.out + outcome.err
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("tcpsvc: error: ")
+    assert said in outcome.err
+    assert outcome.out == ""
+    assert outcome.status == 1
+    assert outcome.files == []
+
+
+def test_the_port_of_a_refused_start_is_free(start: Any) -> None:
+    """Nothing is left bound: the very port can be listened on at once."""
+    with socket.create_server(("", 0)) as chosen:
+        port = chosen.getsockname()[1]
+    child = start(*twistd("tcpsvc", f"--port={port}", "--socket=no_such/a.sock"))
+    assert child.wait() == 1
+    assert child.out == ""
+    assert child.err.count("\n") == 1
+    with socket.create_server(("", port)):
+        pass
+    assert sorted(os.listdir(child.directory)) == ["hands.py"]
+
+
+def test_an_endpoint_that_fails_later_ends_the_process(start: Any) -> None:
+    """What could not be known before the start: a line, and a non-zero exit."""
+    directory = None
+    plugin = '''
+from twisted.internet import defer, endpoints
+def slow_handler(address, reader, writer):
+    pass
+class SlowEndpoint(endpoints.TCP4ServerEndpoint):
+    def listen(self, factory):
+        from twisted.internet import reactor, task
+        def fail():
+            raise OSError(99, "not today")
+        return task.deferLater(reactor, 0.01, fail)
+tcp = endpoints._TCPServerParser if hasattr(endpoints, "_TCPServerParser") else None
+endpoints.serverFromString = None
+import tcpsvc.where
+tcpsvc.where.serverFromString = lambda reactor, description: SlowEndpoint(reactor, 0)
+'''
+    children = []
+    for command in (twistd("-n"), twist()):
+        directory = None
+        child = start(sys.executable, "-c", "", directory=directory)
+        child.wait()
+        (child.directory / "slow.py").write_text(plugin)
+        children.append(
+            start(
+                *command, "tcpsvc", "--handler=slow.slow_handler", "--listen=slow:",
+                directory=child.directory,
+            )
+        )  # fmt: skip
+    for child in children:
+        assert child.wait() == 1
+        assert "not today" in child.out
+        assert "Unhandled error in Deferred" not in child.out
+        assert "AttributeError" not in child.out
