@@ -529,19 +529,21 @@ class ServerFactory(protocol.ServerFactory):
         return {
             "num_connections": len(self._live),
             "max_connections": self._max_connections,
-            "max_accepts_per_batch": self.settings.max_accepts_per_batch,
-            "buffer_age_limit": self.settings.buffer_age_limit,
-            "flush_timeout": self.settings.flush_timeout,
-            "keepalive": self.settings.keepalive,
-            "on_handler_error": self.settings.on_handler_error
-            if isinstance(self.settings.on_handler_error, str)
-            else getattr(self.settings.on_handler_error, "__qualname__", "callable"),
+            "options": self._describe_options(),
             "is_closed": self.is_closed,
             "is_dropping_incoming_connections": self.is_dropping,
             "held": len(self._held),
             "connections": [c.describe() for c in self._live.values()],
             "counters": asdict(self.counters),
         }
+
+    def _describe_options(self) -> dict[str, Any]:
+        options = asdict(self.settings)
+        options["max_connections"] = self._max_connections
+        policy = options["on_handler_error"]
+        if not isinstance(policy, str):
+            options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
+        return options
 
     def invariant(self) -> None:
         """

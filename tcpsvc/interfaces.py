@@ -11,6 +11,9 @@ class IReader(Interface):
     """The reading half of a connection: :class:`tcpsvc.Reader`."""
 
     bytes_read = Attribute("How many bytes have arrived so far.")
+    transport = Attribute("Twisted's transport.")
+    peer = Attribute("The client's address.")
+    host = Attribute("The own address of the connection.")
 
     def read(n=-1):  # type: ignore[no-untyped-def]
         """At most ``n`` bytes; until EOF when negative. A coroutine."""

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import termios
+from collections.abc import Iterator
 from typing import Any
 
 _SIOCINQ = termios.FIONREAD
@@ -42,6 +43,18 @@ def _queued(connected: socket.socket, request: int) -> int | None:
     except (OSError, ValueError):
         return None
     return answer[0]
+
+
+def rest_of_input(connected: socket.socket) -> Iterator[bytes]:
+    """What is still to be read of a connection that is lost."""
+    while True:
+        try:
+            data = connected.recv(65536)
+        except OSError:
+            return
+        if not data:
+            return
+        yield data
 
 
 def nothing_pending(connected: socket.socket) -> bool:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
 from tcpsvc.interfaces import IReader
@@ -26,6 +27,14 @@ class Input(Protocol):
     @property
     def peer(self) -> Any:
         """Who sends."""
+
+    @property
+    def host(self) -> Any:
+        """Who receives."""
+
+    @property
+    def transport(self) -> Any:
+        """What it comes through."""
 
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""
@@ -193,6 +202,21 @@ class Reader:
             self._is_closed = True
             self._connection.close_by_reader()
             self._wake()
+
+    @property
+    def transport(self) -> ITransport:
+        """Twisted's transport, for its addresses and TLS details (spec S7)."""
+        return cast(ITransport, self._connection.transport)
+
+    @property
+    def peer(self) -> Any:
+        """The client's address."""
+        return self._connection.peer
+
+    @property
+    def host(self) -> Any:
+        """The own address of this connection."""
+        return self._connection.host
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self

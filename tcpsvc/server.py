@@ -375,7 +375,7 @@ class Server(Generic[AddressT, ListeningOnT]):
         :raises ServerClosed: it is closed.
         """
         listening = getattr(self._port, "socket", None)
-        if self._port_closed.has_happened or listening is None:
+        if self.is_closed or listening is None:
             raise ServerClosed(f"{self!r} has no listening socket any more")
         return cast(socket_module.socket, listening)
 

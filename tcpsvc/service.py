@@ -240,6 +240,12 @@ class TcpService(Service):
 
         return drain.when_done().addCallback(done)
 
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        if self._drain is not None:
+            state = "draining"
+        return f"<TcpService on {self._where} {state}>"
+
     def force_stop(self) -> None:
         """While it drains: close what is left now."""
         if self._drain is not None:

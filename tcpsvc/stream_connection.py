@@ -168,7 +168,19 @@ class StreamConnection(Connection[AddressT]):
             self.writer.resume()
 
     def stopProducing(self) -> None:
-        """The transport is lost; :meth:`connectionLost` follows."""
+        """
+        The transport is lost, its socket is about to be closed (IPullProducer):
+        the last moment to take what the client sent before its reset (S8).
+        """
+        if (
+            self._phase is _OPEN
+            and self._socket is not None
+            and self._base is self.transport
+            and not self._closed_by_server
+            and not self._peer_eof
+        ):
+            for data in kernel.rest_of_input(self._socket):
+                self.reader.data_received(data)
 
     def logPrefix(self) -> str:
         """How lines of Twisted's legacy log are marked."""

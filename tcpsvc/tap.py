@@ -87,8 +87,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time for each listener, others wait; default: as many "
-            "as the limit of open files allows.",
+            "Connections at a time for each listener; others wait. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [

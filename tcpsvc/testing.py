@@ -550,6 +550,11 @@ class Client(TwistedProtocol):
         """The server's address."""
         return self.transport.getPeer()
 
+    @property
+    def host(self) -> Any:
+        """The own address."""
+        return self.transport.getHost()
+
     # IProtocol and its kin.
 
     def dataReceived(self, data: bytes) -> None:

@@ -95,6 +95,9 @@ class WhereToListen(Generic[AddressT, ListeningOnT]):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        return f"<WhereToListen {self}>"
+
     @property
     def address(self) -> IAddress | None:
         """
@@ -278,7 +281,7 @@ def _take_given(given: socket.socket, family: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Inet(SocketPlace[InetAddress, int]):
     host: str
     port: int
@@ -325,7 +328,7 @@ class _Inet(SocketPlace[InetAddress, int]):
         return f"{host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Unix(SocketPlace[UNIXAddress, str]):
     path: str
     mode: int | None = None
@@ -362,7 +365,7 @@ class _Unix(SocketPlace[UNIXAddress, str]):
         return f"unix:{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Descriptor(SocketPlace[IAddress, IAddress]):
     fd: int
     own: bool = False
@@ -414,7 +417,7 @@ def _maps_ipv4(listening: socket.socket) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class EndpointPlace(WhereToListen[IAddress, IAddress]):
     """A place that only an endpoint can listen on."""
 
