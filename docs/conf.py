@@ -74,7 +74,9 @@ class AutoInterface(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         interface = import_object(self.arguments[0])
         lines = [f".. py:class:: {self.arguments[0]}", ""]
-        lines += [f"   {line}" for line in inspect.cleandoc(interface.__doc__).split("\n")]
+        lines += [
+            f"   {line}" for line in inspect.cleandoc(interface.__doc__).split("\n")
+        ]
         for name, member in interface.namesAndDescriptions():
             if isinstance(member, Method):
                 head = f"   .. py:method:: {name}{member.getSignatureString()}"
@@ -85,7 +87,9 @@ class AutoInterface(SphinxDirective):
 
 
 # Docstrings cite clauses as "(spec H3)", "(S1 to S3)", "(D)".
-_CITATION = re.compile(r"\((?:spec )?[WAHEDSPXI]\d*(?:(?:, | to | and )[WAHEDSPXI]\d*)*\)")
+_CITATION = re.compile(
+    r"\((?:spec )?[WAHEDSPXI]\d*(?:(?:, | to | and )[WAHEDSPXI]\d*)*\)"
+)
 _CLAUSE = re.compile(r"[WAHEDSPXI]\d*")
 
 

@@ -22,20 +22,45 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
+from tcpsvc.counters import Counters
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, run_handler
-
-if TYPE_CHECKING:
-    from tcpsvc.factory import ServerFactory
+from tcpsvc.options import Settings
 
 AddressT = TypeVar("AddressT")
+
+
+class Owner(Protocol):
+    """What a connection asks, and whom it tells: the factory."""
+
+    settings: Settings
+    counters: Counters
+    clock: Any
+
+    def connected(self, connection: Any) -> None:
+        """Its transport is there."""
+
+    def watch(self, connection: Any) -> float:
+        """Sweep it about once a second. Returns the time."""
+
+    def descriptor_closed(self) -> None:
+        """Its socket is closed."""
+
+    def release(self, connection: Any, error: Failure | None) -> None:
+        """It is over, with its handler's error."""
+
+    def report(self, peer: Any, error: Failure) -> None:
+        """Its handler's error is to be reported before it is over."""
+
+    def stop_reactor(self, error: BaseException) -> None:
+        """Its handler has raised ``SystemExit`` or ``KeyboardInterrupt``."""
 
 
 class Connection(Generic[AddressT]):
@@ -64,7 +89,7 @@ class Connection(Generic[AddressT]):
         "when_socket_closed",
     )
 
-    def __init__(self, factory: ServerFactory, id: int, peer: AddressT) -> None:
+    def __init__(self, factory: Owner, id: int, peer: AddressT) -> None:
         self._factory = factory
         self.id = id
         self.peer = peer

@@ -22,10 +22,12 @@ from twisted.internet.interfaces import IAddress, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc import kernel
 from tcpsvc._waiters import Event
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
-from tcpsvc.handler import OnHandlerError, report_error
+from tcpsvc.failures import Failures
+from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import (
     Options,
     Settings,
@@ -35,6 +37,7 @@ from tcpsvc.options import (
 )
 from tcpsvc.protocol_connection import ProtocolConnection, Refuser
 from tcpsvc.sock_connection import SockConnection
+from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.where import address_text
@@ -92,19 +95,14 @@ class ServerFactory(protocol.ServerFactory):
         #: Accepted by a port that cannot be told to stop; none holds a slot.
         self._held: deque[Any] = deque()
         self._held_unconnected: dict[int, Any] = {}
-        #: Accepted, and to be started in the next turn of the reactor.
-        self._starting: list[Any] = []
-        self._may_start = True
-        self._start_is_due = False
-        self._reporting = 0
+        self._starts = Starts(reactor)
+        self._failures = Failures(settings.on_handler_error, self._maybe_over)
+        self._failures.on_fatal = self.close
         self._last_id = 0
         self._warned_at: float | None = None
         self._when_over = Event()
-        self._when_failed = Event()
-        self._failure: Failure | None = None
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._on_failure: Callable[[], None] = self.close
         self._listening_on: Callable[[], object] = _nothing
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
@@ -255,17 +253,23 @@ class ServerFactory(protocol.ServerFactory):
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
         connection = self._make_connection(self, self._next_id(), address, client)
-        self.set_socket_options_of(client)
+        kernel.set_options(client, keepalive=self.settings.keepalive)
         self._admit(connection)
-        self._start_soon(connection)
+        self._starts.add(connection)
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
-        if self._held_unconnected.pop(connection.id, None) is not None:
+        held = self._held_unconnected.pop(connection.id, None) is not None
+        if held and self.is_closed:
+            self.counters.refused += 1
+            connection.close_now()
+        elif held:
             self._held.append(connection)
             self._place_found()
+        elif self.is_closed:
+            connection.refuse()
         else:
-            self._start_soon(connection)
+            self._starts.add(connection)
 
     def forget_unconnected(self) -> None:
         """
@@ -320,69 +324,22 @@ class ServerFactory(protocol.ServerFactory):
         ):
             connection = self._held.popleft()
             self._admit(connection)
-            self._start_soon(connection)
+            self._starts.add(connection)
         self._on_place()
-
-    # Starting handlers (spec H1, H5).
 
     def hold_starts(self) -> None:
         """Start no handler before :meth:`begin_starts`."""
-        self._may_start = False
+        self._starts.hold()
 
     def begin_starts(self) -> None:
         """Handlers may start, in turns of the reactor after this one."""
-        self._may_start = True
-        if self._starting:
-            self._schedule_starts()
+        self._starts.begin()
 
-    def _start_soon(self, connection: Any) -> None:
-        self._starting.append(connection)
-        if self._may_start:
-            self._schedule_starts()
-
-    def _schedule_starts(self) -> None:
-        if not self._start_is_due:
-            self._start_is_due = True
-            self.reactor.callLater(0, self._start_batch)
-
-    def _start_batch(self) -> None:
-        self._start_is_due = False
-        batch, self._starting = self._starting, []
-        for connection in batch:
-            if self.is_closed:
-                connection.refuse()
-            else:
-                connection.start()
-
-    # Errors (spec E).
+    # Errors (spec E, H7).
 
     def report(self, peer: Any, error: Failure) -> None:
         """A handler has failed: do as its owner chose."""
-        self._reporting += 1
-        done = report_error(self.settings.on_handler_error, peer, error)
-        done.addErrback(self._fail)
-        done.addBoth(self._reported)
-
-    def _reported(self, _: object) -> None:
-        self._reporting -= 1
-        self._maybe_over()
-
-    def _fail(self, failure: Failure) -> None:
-        if self._failure is not None:
-            self._log.failure(
-                "a further handler error after the one that closed the server",
-                failure=failure,
-            )
-            return
-        self._failure = failure
-        self._on_failure()
-        if not self._when_failed.is_awaited:
-            self._log.critical(
-                "a handler error has closed the server: {error}",
-                error=failure.getErrorMessage(),
-                log_failure=failure,
-            )
-        self._when_failed.fail(failure)
+        self._failures.report(peer, error)
 
     def failed(self) -> Deferred[None]:
         """
@@ -391,7 +348,7 @@ class ServerFactory(protocol.ServerFactory):
             raised), also when asked for afterwards. It fires ``None`` when
             everything has ended without one (spec E3).
         """
-        return self._when_failed.wait()
+        return self._failures.failed()
 
     def stop_reactor(self, error: BaseException) -> None:
         """A handler raised ``SystemExit`` or ``KeyboardInterrupt`` (spec H7)."""
@@ -414,10 +371,7 @@ class ServerFactory(protocol.ServerFactory):
             return
         self.is_closed = True
         self._refuse_held(self._count_refused)
-        # Accepted, but not started: their handlers will not run (H5).
-        starting, self._starting = self._starting, []
-        for connection in starting:
-            connection.refuse()
+        self._starts.refuse_all()
         self._maybe_over()
 
     def close_connections(self) -> Deferred[None]:
@@ -446,9 +400,9 @@ class ServerFactory(protocol.ServerFactory):
         return self._when_over.wait()
 
     def _maybe_over(self) -> None:
-        if self.is_closed and not self._live and not self._reporting:
+        if self.is_closed and not self._live and not self._failures.is_reporting:
             self._when_over.happen()
-            self._when_failed.happen()
+            self._failures.over()
 
     def _refuse_held(self, count: Callable[[], None]) -> None:
         while self._held:
@@ -473,7 +427,7 @@ class ServerFactory(protocol.ServerFactory):
         """A server tells what to call when a place is found, and so on."""
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
-        self._on_failure = on_failure
+        self._failures.on_fatal = on_failure
         self._listening_on = listening_on
 
     def descriptor_closed(self) -> None:
@@ -483,25 +437,6 @@ class ServerFactory(protocol.ServerFactory):
     def watch(self, connection: Any) -> float:
         """Sweep a connection. Returns the time."""
         return self._sweeper.watch(connection)
-
-    def set_socket_options(self, transport: Any) -> None:
-        """TCP_NODELAY, and SO_KEEPALIVE if asked for (spec A7, A5)."""
-        if hasattr(transport, "setTcpNoDelay"):
-            transport.setTcpNoDelay(True)
-        if self.settings.keepalive and hasattr(transport, "setTcpKeepAlive"):
-            transport.setTcpKeepAlive(True)
-
-    def set_socket_options_of(self, client: Any) -> None:
-        """The same for a plain socket."""
-        import socket
-
-        try:
-            if client.family != socket.AF_UNIX:
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.settings.keepalive:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        except OSError:
-            pass  # The client is gone already; its handler will see.
 
     # Twisted's hooks.
 
@@ -562,7 +497,7 @@ class ServerFactory(protocol.ServerFactory):
                 c._is_released for c in self._live.values()
             ),
             "nothing live after the end": not (
-                self._when_over.has_happened and (live or self._reporting)
+                self._when_over.has_happened and (live or self._failures.is_reporting)
             ),
         }
         broken = [check for check, holds in checks.items() if not holds]

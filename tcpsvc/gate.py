@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from twisted.internet import tcp
 from twisted.internet.interfaces import IDelayedCall, IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-if TYPE_CHECKING:
-    from tcpsvc.factory import ServerFactory
+from tcpsvc.counters import Counters
+from tcpsvc.kernel import close_orderly
+from tcpsvc.options import Settings
 
 #: The process or the host has run out of something that will come back.
 EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -49,13 +50,26 @@ def can_gate(port: IListeningPort) -> bool:
     return isinstance(port, tcp.Port)
 
 
-def close_orderly(client: socket.socket) -> None:
-    """``shutdown``, then ``close``: the client reads EOF even if it spoke early."""
-    try:
-        client.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    client.close()
+class Admission(Protocol):
+    """What a gate asks, and whom it tells: the factory."""
+
+    settings: Settings
+    counters: Counters
+    clock: Any
+    is_dropping: bool
+    takes_sockets: bool
+
+    @property
+    def num_connections(self) -> int: ...
+
+    @property
+    def max_connections(self) -> int: ...
+
+    def has_place(self) -> bool: ...
+
+    def take_socket(self, client: socket.socket, address: Any) -> None: ...
+
+    def forget_unconnected(self) -> None: ...
 
 
 class Gate:
@@ -69,7 +83,7 @@ class Gate:
 
     _log = Logger(namespace="tcpsvc")
 
-    def __init__(self, port: Any, factory: ServerFactory) -> None:
+    def __init__(self, port: Any, factory: Admission) -> None:
         self._port = port
         self._factory = factory
         self._retry: IDelayedCall | None = None

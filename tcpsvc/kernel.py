@@ -36,6 +36,26 @@ def socket_of(base: Any) -> socket.socket | None:
     return handle if isinstance(handle, socket.socket) else None
 
 
+def set_options(connected: socket.socket, *, keepalive: bool) -> None:
+    """TCP_NODELAY on an inet socket, SO_KEEPALIVE if asked for (spec A7, A5)."""
+    try:
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if keepalive:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    except OSError:
+        pass  # The client is gone already; its handler will see.
+
+
+def close_orderly(client: socket.socket) -> None:
+    """``shutdown``, then ``close``: the client reads EOF even if it spoke early."""
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    client.close()
+
+
 def _queued(connected: socket.socket, request: int) -> int | None:
     answer = array.array("i", [0])
     try:

@@ -9,7 +9,7 @@ logged there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
@@ -25,10 +25,7 @@ from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
 from tcpsvc import kernel
-from tcpsvc.connection import AddressT, Connection
-
-if TYPE_CHECKING:
-    from tcpsvc.factory import ServerFactory
+from tcpsvc.connection import AddressT, Connection, Owner
 
 #: What a protocol's own interfaces are passed on for.
 _OPTIONAL = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
@@ -84,7 +81,7 @@ class ProtocolConnection(Connection[AddressT]):
 
     def __init__(
         self,
-        factory: ServerFactory,
+        factory: Owner,
         id: int,
         peer: AddressT,
         user_factory: IProtocolFactory,
@@ -126,7 +123,10 @@ class ProtocolConnection(Connection[AddressT]):
     def makeConnection(self, transport: Any) -> None:
         """The connection is there."""
         self.transport = transport
-        self._factory.set_socket_options(kernel.base_transport(transport))
+        connected = kernel.socket_of(kernel.base_transport(transport))
+        if connected is not None:
+            keepalive = self._factory.settings.keepalive
+            kernel.set_options(connected, keepalive=keepalive)
         if self._is_held:
             transport.pauseProducing()
             self._factory.connected(self)

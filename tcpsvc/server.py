@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket as socket_module
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
@@ -136,10 +137,10 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create(
             where,
-            lambda: ServerFactory.of_streams(
-                handler, on_handler_error=on_handler_error, **options
+            partial(
+                ServerFactory.of_streams, handler, on_handler_error=on_handler_error
             ),
-            options.get("socket"),
+            options,
         )
 
     @classmethod
@@ -161,10 +162,10 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create_inet(
             where,
-            lambda: ServerFactory.of_streams(
-                handler, on_handler_error=on_handler_error, **options
+            partial(
+                ServerFactory.of_streams, handler, on_handler_error=on_handler_error
             ),
-            options.get("socket"),
+            options,
         )
 
     @classmethod
@@ -188,10 +189,8 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create(
             where,
-            lambda: ServerFactory.of_socks(
-                handler, on_handler_error=on_handler_error, **options
-            ),
-            options.get("socket"),
+            partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
+            options,
         )
 
     @classmethod
@@ -208,10 +207,8 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create_inet(
             where,
-            lambda: ServerFactory.of_socks(
-                handler, on_handler_error=on_handler_error, **options
-            ),
-            options.get("socket"),
+            partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
+            options,
         )
 
     @classmethod
@@ -238,10 +235,10 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create(
             where,
-            lambda: ServerFactory.of_protocols(
-                factory, on_handler_error=on_handler_error, **options
+            partial(
+                ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
             ),
-            options.get("socket"),
+            options,
         )
 
     @classmethod
@@ -258,44 +255,44 @@ class Server(Generic[AddressT, ListeningOnT]):
         """
         return cls._create_inet(
             where,
-            lambda: ServerFactory.of_protocols(
-                factory, on_handler_error=on_handler_error, **options
+            partial(
+                ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
             ),
-            options.get("socket"),
+            options,
         )
 
     @classmethod
     def bind(
         cls,
         where: WhereToListen[AddressT, ListeningOnT],
-        make_factory: Callable[[], ServerFactory],
-        given: socket_module.socket | None = None,
+        make_factory: Callable[..., ServerFactory],
+        options: Any,
     ) -> Deferred[Server[AddressT, ListeningOnT]]:
         """
         The first half of a creation: listen, and let clients wait. The second is
         :meth:`begin`. In between a daemon forks and drops its privileges.
 
-        :param make_factory: makes the factory, and raises what is wrong with its
-            options.
-        :param given: the ``socket`` option.
+        :param make_factory: makes the factory of the options, and raises what is
+            wrong with them.
         :returns: a Deferred that fires with the server. It has fired already
             where no endpoint is in the way.
         """
         if isinstance(where, EndpointPlace):
             return Deferred.fromCoroutine(
-                cls._bind_endpoint(where, make_factory, given)
+                cls._bind_endpoint(where, make_factory, options)
             )
-        return execute(cls._bind_now, where, make_factory, given)
+        return execute(cls._bind_now, where, make_factory, options)
 
     @classmethod
     def _bind_now(
         cls,
         where: WhereToListen[AddressT, ListeningOnT],
-        make_factory: Callable[[], ServerFactory],
-        given: socket_module.socket | None,
+        make_factory: Callable[..., ServerFactory],
+        options: Any,
     ) -> Server[AddressT, ListeningOnT]:
+        given = options.get("socket")
         try:
-            factory = make_factory()
+            factory = make_factory(**options)
             if not isinstance(where, SocketPlace):
                 raise TypeError(f"where={where!r} is not a WhereToListen")
         except BaseException:
@@ -308,13 +305,14 @@ class Server(Generic[AddressT, ListeningOnT]):
     async def _bind_endpoint(
         cls,
         where: Any,
-        make_factory: Callable[[], ServerFactory],
-        given: socket_module.socket | None,
+        make_factory: Callable[..., ServerFactory],
+        options: Any,
     ) -> Server[AddressT, ListeningOnT]:
+        given = options.get("socket")
         if given is not None:
             given.close()
             raise ValueError(f"socket={given!r} with an endpoint, which has its own")
-        factory = make_factory()
+        factory = make_factory(**options)
         factory.hold_starts()
         port = await listen_on_endpoint(
             where, factory, needs_sockets=factory.takes_sockets
@@ -331,20 +329,21 @@ class Server(Generic[AddressT, ListeningOnT]):
     def _create(
         cls,
         where: WhereToListen[AddressT, ListeningOnT],
-        make_factory: Callable[[], ServerFactory],
-        given: socket_module.socket | None,
+        make_factory: Callable[..., ServerFactory],
+        options: Any,
     ) -> Deferred[Server[AddressT, ListeningOnT]]:
-        return cls.bind(where, make_factory, given).addCallback(_begun)
+        return cls.bind(where, make_factory, options).addCallback(_begun)
 
     @classmethod
     def _create_inet(
         cls,
         where: WhereToListen[InetAddress, int],
-        make_factory: Callable[[], ServerFactory],
-        given: socket_module.socket | None,
+        make_factory: Callable[..., ServerFactory],
+        options: Any,
     ) -> InetServer:
         if isinstance(where, SocketPlace) and isinstance(where.address, InetAddress):
-            return _begun(cls._bind_now(where, make_factory, given))
+            return _begun(cls._bind_now(where, make_factory, options))
+        given = options.get("socket")
         if given is not None:
             given.close()
         raise ValueError(f"where={where!r} is no inet address: use create")

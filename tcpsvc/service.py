@@ -5,6 +5,7 @@ A server as an ``IService``: for ``.tac`` files, ``MultiService`` and twistd.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
@@ -74,10 +75,11 @@ class TcpService(Service):
         if drain_timeout is not None and not drain_timeout >= 0:
             raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")
         self._where = where
-        self._make_factory: Callable[[], ServerFactory] = lambda: make_factory(
-            handler, on_handler_error=on_handler_error, **options
+        self._options = options
+        self._make_factory = partial(
+            make_factory, handler, on_handler_error=on_handler_error
         )
-        self._make_factory()  # What is wrong is said now, not at the start.
+        self._make_factory(**options)  # What is wrong is said now, not at the start.
         self._drain_timeout = drain_timeout
         self._listening: Deferred[Server[Any, Any]] | None = None
         self._drain: Drain | None = None
@@ -157,10 +159,12 @@ class TcpService(Service):
 
     def _listen(self) -> Deferred[Server[Any, Any]]:
         if self.server is None:
-            return Server.bind(self._where, self._make_factory)
+            return Server.bind(self._where, self._make_factory, self._options)
         # Started again while the last server still drains: once its port is free.
         freed = self.server.close_finished()
-        return freed.addCallback(lambda _: Server.bind(self._where, self._make_factory))
+        return freed.addCallback(
+            lambda _: Server.bind(self._where, self._make_factory, self._options)
+        )
 
     def _bound(self, server: Server[Any, Any]) -> Server[Any, Any]:
         self.server = server

@@ -6,13 +6,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from tcpsvc.connection import AddressT, Connection
-from tcpsvc.gate import close_orderly
-
-if TYPE_CHECKING:
-    from tcpsvc.factory import ServerFactory
+from tcpsvc.connection import AddressT, Connection, Owner
+from tcpsvc.kernel import close_orderly
 
 SockHandler = Callable[[AddressT, socket.socket], object]
 
@@ -24,7 +20,7 @@ class SockConnection(Connection[AddressT]):
 
     def __init__(
         self,
-        factory: ServerFactory,
+        factory: Owner,
         id: int,
         peer: AddressT,
         client: socket.socket,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import (
@@ -33,12 +33,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from tcpsvc import kernel
-from tcpsvc.connection import AddressT, Connection
+from tcpsvc.connection import AddressT, Connection, Owner
 from tcpsvc.reader import Reader
 from tcpsvc.writer import Writer
-
-if TYPE_CHECKING:
-    from tcpsvc.factory import ServerFactory
 
 StreamHandler = Callable[[AddressT, Reader, Writer], object]
 
@@ -75,7 +72,7 @@ class StreamConnection(Connection[AddressT]):
 
     def __init__(
         self,
-        factory: ServerFactory,
+        factory: Owner,
         id: int,
         peer: AddressT,
         handler: StreamHandler[AddressT],
@@ -111,7 +108,9 @@ class StreamConnection(Connection[AddressT]):
         self._base = base = kernel.base_transport(transport)
         self._socket = kernel.socket_of(base)
         self.host = transport.getHost()
-        self._factory.set_socket_options(base)
+        if self._socket is not None:
+            keepalive = self._factory.settings.keepalive
+            kernel.set_options(self._socket, keepalive=keepalive)
         # A TLS layer just above tells us when its handshake is done, and what is
         # written before would be buffered where it cannot be seen.
         self._waits_for_handshake = (

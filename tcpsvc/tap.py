@@ -87,7 +87,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time for each listener; others wait. [default: by ulimit]",
+            "Connections at a time per listener; others wait. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [

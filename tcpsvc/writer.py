@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import ITransport
@@ -21,8 +21,46 @@ from tcpsvc._waiters import Event
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.interfaces import IWriter
 
-if TYPE_CHECKING:
-    from tcpsvc.stream_connection import StreamConnection
+
+class Output(Protocol):
+    """What a writer writes to: a connection that says what it has sent."""
+
+    when_socket_closed: Event
+
+    @property
+    def peer(self) -> Any:
+        """The client's address."""
+
+    @property
+    def host(self) -> Any:
+        """The own address."""
+
+    @property
+    def transport(self) -> Any:
+        """What it goes through."""
+
+    @property
+    def can_half_close(self) -> bool:
+        """Whether the write side can be closed alone."""
+
+    def may_write(self) -> bool:
+        """Whether the transport is ready for bytes at all."""
+
+    def write_to_transport(self, data: bytes) -> None:
+        """Hand bytes on."""
+
+    def all_taken(self) -> None:
+        """The kernel has all that was written."""
+
+    def watch(self) -> float:
+        """Look at the writer's age about once a second. Returns the time."""
+
+    def close_by_writer(self) -> None:
+        """The writer was closed by its own ``close``."""
+
+    def abort(self) -> None:
+        """Close with a reset."""
+
 
 #: How many bytes the transport is given at a time.
 CHUNK = 128 * 1024
@@ -55,7 +93,7 @@ class Writer:
         "in_transport",
     )
 
-    def __init__(self, connection: StreamConnection[Any], limit: int) -> None:
+    def __init__(self, connection: Output, limit: int) -> None:
         self._connection = connection
         self._limit = limit
         self._state = _OPEN

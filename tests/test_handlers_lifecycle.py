@@ -356,6 +356,7 @@ async def test_what_a_finished_handler_wrote_is_read_whole_and_then_eof(
     server = await serve(handler)
     client = connect(server)
     assert await in_thread(client.read_all) == PAYLOAD
+    client.close()
     await until(lambda: server.num_connections == 0)
 
 
@@ -373,6 +374,7 @@ async def test_what_a_raising_handler_wrote_is_read_whole_and_then_eof(
     server = await serve(handler, on_handler_error=errors)
     client = connect(server)
     assert await in_thread(client.read_all) == PAYLOAD
+    client.close()
     await until(lambda: server.num_connections == 0)
     assert errors.types == [LookupError]
 
@@ -672,8 +674,6 @@ async def test_the_order_of_a_normal_end(serve: Any, connect: Any) -> None:
     server = await serve(
         handler, max_connections=1, on_handler_error=lambda *_: note("error")
     )
-    logged_limit = server._factory
-    assert logged_limit.max_connections == 1
     note_accepts(server, note)
     first, second = connect(server), connect(server)
     await until(lambda: len(ends) == 1)
@@ -682,12 +682,14 @@ async def test_the_order_of_a_normal_end(serve: Any, connect: Any) -> None:
         await turn()
     assert server.num_connections == 1
     assert await in_thread(first.read_all) == PAYLOAD
+    first.close()
     await until(lambda: len(ends) == 2)
     server.close()
     over = server.close_finished_and_handlers_determined()
     over.addCallback(lambda _: note("cfhd"))
     ends[1].callback(None)
     assert await in_thread(second.read_all) == PAYLOAD
+    second.close()
     await over
     assert events == [
         ("accepted", 0),

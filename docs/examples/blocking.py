@@ -1,0 +1,14 @@
+from twisted.internet.threads import deferToThread
+
+
+def greet(address, sock):
+    return deferToThread(talk, sock)
+
+
+def talk(sock):
+    """Blocking code, in a thread of its own."""
+    sock.setblocking(True)
+    sock.sendall(b"What is your name?\n")
+    with sock.makefile("rb") as lines:
+        name = lines.readline().strip()
+    sock.sendall(b"Hello, " + name + b"!\n")

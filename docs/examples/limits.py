@@ -1,0 +1,26 @@
+import sys
+
+from twisted.internet import task
+
+import tcpsvc
+from tcpsvc import LOCALHOST, Server, WhereToListen
+from tcpsvc.handlers import echo
+
+
+async def main(reactor, port="8000"):
+    server = await Server.create(
+        WhereToListen.bind_to(LOCALHOST, int(port)),
+        echo,
+        on_handler_error=tcpsvc.log_error,
+        max_connections=2,
+        backlog=16,
+        buffer_age_limit=10.0,
+        reader_buffer_size=4096,
+        keepalive=True,
+    )
+    print(f"listening on port {server.listening_on}", flush=True)
+    await server.close_finished_and_handlers_determined()
+
+
+if __name__ == "__main__":
+    task.react(main, sys.argv[1:])

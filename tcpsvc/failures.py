@@ -1,0 +1,80 @@
+"""
+What becomes of handlers' errors: reported as the owner chose, and told to those
+who asked when one of them closes the server (spec E1 to E5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc._waiters import Event
+from tcpsvc.handler import OnHandlerError, report_error
+
+
+class Failures:
+    """
+    The errors of one server's handlers.
+
+    :param policy: ``on_handler_error``.
+    :param on_reported: called whenever an error has been dealt with.
+    """
+
+    _log = Logger(namespace="tcpsvc")
+
+    def __init__(self, policy: OnHandlerError, on_reported: Callable[[], None]) -> None:
+        self._policy = policy
+        self._on_reported = on_reported
+        #: Called when an error is to close the server, before anyone hears of it.
+        self.on_fatal: Callable[[], object] = on_reported
+        self._pending = 0
+        self._fatal: Failure | None = None
+        self._when_failed = Event()
+
+    @property
+    def is_reporting(self) -> bool:
+        """Whether an ``on_handler_error`` has not returned yet."""
+        return self._pending > 0
+
+    def report(self, peer: Any, error: Failure) -> None:
+        """A handler has failed: do as its owner chose."""
+        self._pending += 1
+        done = report_error(self._policy, peer, error)
+        done.addErrback(self._close_for)
+        done.addBoth(self._reported)
+
+    def _reported(self, _: object) -> None:
+        self._pending -= 1
+        self._on_reported()
+
+    def _close_for(self, failure: Failure) -> None:
+        if self._fatal is not None:
+            self._log.failure(
+                "a further handler error after the one that closed the server",
+                failure=failure,
+            )
+            return
+        self._fatal = failure
+        self.on_fatal()
+        if not self._when_failed.is_awaited:
+            self._log.critical(
+                "a handler error has closed the server: {error}",
+                error=failure.getErrorMessage(),
+                log_failure=failure,
+            )
+        self._when_failed.fail(failure)
+
+    def failed(self) -> Deferred[None]:
+        """
+        :returns: a Deferred that fails with the first fatal error, and fires at
+            :meth:`over` when there was none.
+        """
+        return self._when_failed.wait()
+
+    def over(self) -> None:
+        """There will be no error any more."""
+        self._when_failed.happen()
