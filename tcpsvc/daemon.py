@@ -84,9 +84,8 @@ class Daemon(MultiService):
             print(f"listening on {address_text(server.listening_on_address)}")
         server.failed().addErrback(self._failed)
 
-    def _cannot_listen(self, failure: Failure) -> None:
-        _log.critical("cannot listen: {error}", error=failure.getErrorMessage())
-        self._end(1)
+    def _cannot_listen(self, _: Failure) -> None:
+        self._end(1)  # The service has logged why.
 
     def _failed(self, failure: Failure) -> None:
         _log.critical(

@@ -101,6 +101,7 @@ class ServerFactory(protocol.ServerFactory):
         self._last_id = 0
         self._warned_at: float | None = None
         self._when_over = Event()
+        self._has_server = False
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
         self._listening_on: Callable[[], object] = _nothing
@@ -402,7 +403,12 @@ class ServerFactory(protocol.ServerFactory):
     def _maybe_over(self) -> None:
         if self.is_closed and not self._live and not self._failures.is_reporting:
             self._when_over.happen()
-            self._failures.over()
+            if not self._has_server:
+                self.nothing_can_fail()
+
+    def nothing_can_fail(self) -> None:
+        """Everything has ended: :meth:`failed` fires, unless it has failed."""
+        self._failures.over()
 
     def _refuse_held(self, count: Callable[[], None]) -> None:
         while self._held:
@@ -425,6 +431,7 @@ class ServerFactory(protocol.ServerFactory):
         listening_on: Callable[[], object],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
+        self._has_server = True
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure

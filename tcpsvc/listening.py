@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -42,6 +43,20 @@ def listen_now(
         raise
 
 
+def close_at_once(port: Any) -> None:
+    """
+    Close a port that has served nobody. Twisted's own need no turn of the
+    reactor for that, which may never come.
+    """
+    if can_gate(port):
+        port.connectionLost(Failure(ConnectionDone()))
+    else:
+        stopping = maybeDeferred(port.stopListening)
+        stopping.addErrback(
+            lambda failure: _log.failure("closing an unwanted port failed", failure)
+        )
+
+
 def listen_on_endpoint(
     where: EndpointPlace, factory: ServerFactory, *, needs_sockets: bool
 ) -> Deferred[IListeningPort]:
@@ -62,19 +77,19 @@ def listen_on_endpoint(
 
     result: Deferred[IListeningPort] = Deferred(cancel)
 
-    def listened(port: Any) -> object:
+    def listened(port: Any) -> None:
         if is_cancelled:
-            return maybeDeferred(port.stopListening)
-        if needs_sockets and not (can_gate(port) and port.factory is factory):
+            close_at_once(port)
+        elif needs_sockets and not (can_gate(port) and port.factory is factory):
             error = ValueError(
                 f"endpoint={str(where)!r} does not hand out plain sockets: use create"
             )
-            stopping = maybeDeferred(port.stopListening)
-            return stopping.addBoth(lambda _: result.errback(error))
-        if can_gate(port):
-            port.stopReading()
-        result.callback(port)
-        return None
+            close_at_once(port)
+            failed(Failure(error))
+        else:
+            if can_gate(port):
+                port.stopReading()
+            result.callback(port)
 
     def failed(failure: Failure) -> None:
         if not is_cancelled:
@@ -82,7 +97,4 @@ def listen_on_endpoint(
 
     listening = maybeDeferred(where.resolve(factory.reactor).listen, factory)
     listening.addCallbacks(listened, failed)
-    listening.addErrback(
-        lambda failure: _log.failure("closing an unwanted port failed", failure)
-    )
     return result

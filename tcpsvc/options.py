@@ -15,6 +15,9 @@ from tcpsvc.handler import OnHandlerError, check_on_handler_error
 #: The default of ``backlog``, as in Async.
 BACKLOG = 64
 
+#: What fits the kernel's int. It takes what exceeds its own limit as that limit.
+MOST_BACKLOG = 2**31 - 1
+
 #: The default of ``max_connections`` where there is no limit of open files.
 MOST_CONNECTIONS = 10_000
 
@@ -154,6 +157,8 @@ class Settings:
         if self.buffer_age_limit is not None:
             seconds("buffer_age_limit", self.buffer_age_limit)
         seconds("flush_timeout", self.flush_timeout)
+        if self.backlog > MOST_BACKLOG:
+            raise ValueError(f"backlog={self.backlog} is above {MOST_BACKLOG}")
 
 
 def check_options(

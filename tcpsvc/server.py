@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, execute, gatherResults, maybeDeferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -27,7 +26,7 @@ from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import Gate, can_gate
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.interfaces import IServer
-from tcpsvc.listening import listen_now, listen_on_endpoint
+from tcpsvc.listening import close_at_once, listen_now, listen_on_endpoint
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.reader import Reader
 from tcpsvc.where import (
@@ -472,7 +471,7 @@ class Server(Generic[AddressT, ListeningOnT]):
         if not self._is_port_closing:
             self._is_port_closing = True
             self._factory.close()
-            self._port.connectionLost(Failure(ConnectionDone()))
+            close_at_once(self._port)
 
     def cancel_handlers(self) -> None:
         """
@@ -517,7 +516,11 @@ class Server(Generic[AddressT, ListeningOnT]):
 
     def _port_stopped(self, _: object) -> None:
         self._port_closed.happen()
-        self._factory.when_over().addCallback(lambda _: self._when_over.happen())
+        self._factory.when_over().addCallback(self._over)
+
+    def _over(self, _: None) -> None:
+        self._when_over.happen()
+        self._factory.nothing_can_fail()
 
     # Inspection.
 

@@ -9,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc._waiters import Event
 from tcpsvc.drain import Drain
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
@@ -81,8 +82,10 @@ class TcpService(Service):
         )
         self._make_factory(**options)  # What is wrong is said now, not at the start.
         self._drain_timeout = drain_timeout
-        self._listening: Deferred[Server[Any, Any]] | None = None
-        self._drain: Drain | None = None
+        self._bound: Event | None = None
+        self._listening: Deferred[Any] | None = None
+        #: Of this stop, and of earlier ones that are not over.
+        self._drains: list[Drain] = []
         #: The server, from the time it is bound until it has stopped.
         self.server: Server[Any, Any] | None = None
 
@@ -140,22 +143,18 @@ class TcpService(Service):
             endpoint takes its time, and fails as
             :meth:`tcpsvc.Server.create`'s does.
         """
-        if self._listening is None:
-            listening = self._listening = self._listen()
-            listening.addCallbacks(self._bound, self._not_bound)
+        if self._bound is None:
+            bound = self._bound = Event()
+            self._listening = self._listen()
+            self._listening.addCallbacks(
+                self._has_bound,
+                self._not_bound,
+                callbackArgs=(bound,),
+                errbackArgs=(bound,),
+            )
         else:
-            listening = self._listening
-        outcome: Deferred[None] = Deferred()
-
-        def tell(result: Any) -> Any:
-            if isinstance(result, Failure):
-                outcome.errback(result)
-                return None
-            outcome.callback(None)
-            return result
-
-        listening.addBoth(tell)
-        return outcome
+            bound = self._bound
+        return bound.wait()
 
     def _listen(self) -> Deferred[Server[Any, Any]]:
         if self.server is None:
@@ -166,13 +165,13 @@ class TcpService(Service):
             lambda _: Server.bind(self._where, self._make_factory, self._options)
         )
 
-    def _bound(self, server: Server[Any, Any]) -> Server[Any, Any]:
+    def _has_bound(self, server: Server[Any, Any], bound: Event) -> None:
         self.server = server
-        return server
+        bound.happen()
 
-    def _not_bound(self, failure: Failure) -> Failure:
-        self._listening = None
-        return failure
+    def _not_bound(self, failure: Failure, bound: Event) -> None:
+        self._bound = None
+        bound.fail(failure)
 
     def privilegedStartService(self) -> None:
         """
@@ -190,31 +189,36 @@ class TcpService(Service):
         :raises CannotListenError: the kernel refused.
         """
         super().startService()  # type: ignore[no-untyped-call]
-        if self._listening is None:
+        if self._bound is None:
             self._bind_or_raise()
-        assert self._listening is not None
-        self._listening.addCallback(self._begin)
+        self.bind().addCallbacks(self._begin, lambda _: None)
 
-    def _begin(self, server: Server[Any, Any]) -> Server[Any, Any]:
-        if self.running:
-            server.begin()
+    def _begin(self, _: None) -> None:
+        if self.running and self.server is not None:
+            self.server.begin()
             self._log.info(
                 "listening on {address}",
-                address=address_text(server.listening_on_address),
+                address=address_text(self.server.listening_on_address),
             )
-        return server
 
     def _bind_or_raise(self) -> None:
         failures: list[Failure] = []
-        bound = self.bind()
-        bound.addErrback(failures.append)
+        is_late = False
+
+        def failed(failure: Failure) -> None:
+            if is_late and not failure.check(CancelledError):
+                # An endpoint took its time: nobody is left to raise it to.
+                self._log.critical(
+                    "cannot listen on {where}: {error}",
+                    where=str(self._where),
+                    error=failure.getErrorMessage(),
+                )
+            failures.append(failure)
+
+        self.bind().addErrback(failed)
         if failures:
             failures[0].raiseException()
-        if not bound.called:
-            # An endpoint that takes its time: nobody is left to raise it to.
-            bound.addErrback(
-                lambda failure: self._log.failure("cannot listen", failure=failure)
-            )
+        is_late = True
 
     def stopService(self) -> Deferred[None]:
         """
@@ -224,33 +228,34 @@ class TcpService(Service):
             ``drain_timeout`` is up and what was left is closed.
         """
         super().stopService()  # type: ignore[no-untyped-call]
-        if self._drain is not None:
-            return self._drain.when_done()
-        if self._listening is None:
-            return succeed(None)
-        listening, self._listening = self._listening, None
-        if self.server is None:
-            listening.addCallback(lambda server: server.close())
-            listening.addErrback(lambda _: None)
-            listening.cancel()
-            return succeed(None)
-        server = self.server
-        drain = self._drain = Drain(server, self._drain_timeout)
+        bound, self._bound = self._bound, None
+        if bound is not None and not bound.has_happened:
+            assert self._listening is not None
+            self._listening.cancel()
+        elif bound is not None:
+            assert self.server is not None
+            self._drain(self.server)
+        drains = [drain.when_done() for drain in self._drains]
+        return gatherResults(drains).addCallback(lambda _: None)
+
+    def _drain(self, server: Server[Any, Any]) -> None:
+        drain = Drain(server, self._drain_timeout)
+        self._drains.append(drain)
 
         def done(_: None) -> None:
-            self._drain = None
+            self._drains.remove(drain)
             if self.server is server:
                 self.server = None
 
-        return drain.when_done().addCallback(done)
+        drain.when_done().addCallback(done)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
-        if self._drain is not None:
-            state = "draining"
+        if self._drains:
+            state += ", draining"
         return f"<TcpService on {self._where} {state}>"
 
     def force_stop(self) -> None:
         """While it drains: close what is left now."""
-        if self._drain is not None:
-            self._drain.force()
+        for drain in list(self._drains):
+            drain.force()

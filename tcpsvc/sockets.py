@@ -77,10 +77,14 @@ def open_inet(
         except OSError as error:
             if made is not None:
                 made.close()
-            if port == 0 and error.errno == errno.EADDRINUSE:
-                if retries < MAX_RETRIES_UPON_ADDR_IN_USE:
-                    retries += 1
-                    continue
+            if (
+                port == 0
+                and error.errno == errno.EADDRINUSE
+                and retries < MAX_RETRIES_UPON_ADDR_IN_USE
+            ):
+                retries += 1
+                continue
+            if retries:
                 error = OSError(
                     error.errno, f"{error.strerror} (after {retries} retries)"
                 )

@@ -266,6 +266,8 @@ class StreamConnection(Connection[AddressT]):
 
     def all_taken(self) -> None:
         """The kernel has all that was written: what waited for that goes on."""
+        if self.when_socket_closed.has_happened:
+            return  # By whoever was told just before.
         if self._phase is _FLUSHING:
             self._flush_done()
         elif self.writer.has_written_eof:

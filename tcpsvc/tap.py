@@ -9,6 +9,7 @@ still one line on stderr and an exit status. Nothing is left bound or on disk.
 from __future__ import annotations
 
 import atexit
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ import tcpsvc
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
+from tcpsvc.sockets import check_unix_path
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 
@@ -181,13 +183,15 @@ class Options(usage.Options):
 
     def postOptions(self) -> None:
         """Look at everything that can be looked at without opening anything."""
-        kinds = [k for k in ("handler", "factory", "sock-handler") if self[k]]
+        kinds = [
+            k for k in ("handler", "factory", "sock-handler") if self[k] is not None
+        ]
         if len(kinds) > 1:
             raise usage.UsageError(
                 f"--{kinds[0]} and --{kinds[1]}: one handler is enough"
             )
         self["kind"] = kinds[0] if kinds else "handler"
-        name = self[self["kind"]] or "tcpsvc.handlers.echo"
+        name = self[self["kind"]] if kinds else "tcpsvc.handlers.echo"
         try:
             self["function"] = load(name, self["app-dir"])
         except ValueError as error:
@@ -218,15 +222,18 @@ class Options(usage.Options):
         ]
         found += [WhereToListen.of_file(path) for path in self["socket"]]
         found += [
-            WhereToListen.of_endpoint(_with_backlog(description, self["backlog"]))
+            WhereToListen.of_endpoint(_checked(description, self["backlog"]))
             for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
 
 
-def _with_backlog(description: str, backlog: int | None) -> str:
-    """An endpoint's backlog is part of its description."""
-    kind = description.partition(":")[0]
+def _checked(description: str, backlog: int | None) -> str:
+    """A description, with the backlog, which is part of it."""
+    kind, _, rest = description.partition(":")
+    if kind == "unix" and "\\" not in rest:
+        # Twisted would leave its lock file beside a path that is too long.
+        check_unix_path(rest.partition(":")[0].removeprefix("address="))
     if (
         backlog is None
         or kind not in ("tcp", "tcp6", "unix", "ssl", "tls")
@@ -258,8 +265,11 @@ def makeService(options: Options) -> Daemon:
             service.bind().addErrback(failures.append)
             if failures:
                 failures[0].raiseException()
-    except (ValueError, TypeError, OSError, CannotListenError) as error:
+    except (ValueError, TypeError, CannotListenError) as error:
         refuse(error)
+    except Exception as error:
+        # Whatever an endpoint's plugin may raise.
+        refuse(f"{type(error).__name__}: {error}")
     return daemon
 
 
@@ -272,10 +282,16 @@ def _services(options: Options) -> list[TcpService]:
         make = TcpService.of_protocols
         try:
             handler = handler()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"--factory {options['factory']}: {type(error).__name__}: {error}"
             ) from error
+        if inspect.iscoroutine(handler):
+            handler.close()
+            raise ValueError(
+                f"--factory {options['factory']}: it is a coroutine function, not one "
+                "that returns an IProtocolFactory"
+            )
     common: dict[str, Any] = {
         "on_handler_error": tcpsvc.log_error
         if options["on-handler-error"] == "log"

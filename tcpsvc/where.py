@@ -387,7 +387,13 @@ class _Descriptor(SocketPlace[IAddress, IAddress]):
             )
         made: socket.socket | None = None
         try:
-            made = socket.socket(fileno=self.fd if self.own else os.dup(self.fd))
+            number = self.fd if self.own else os.dup(self.fd)
+            try:
+                made = socket.socket(fileno=number)
+            except BaseException:
+                if not self.own:
+                    os.close(number)
+                raise
             if not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ValueError(f"fd={self.fd} does not listen")
             if made.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):

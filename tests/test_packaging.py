@@ -202,7 +202,8 @@ def test_wheel_holds_the_package_and_the_plugin_and_nothing_else(
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
     expected = {
-        str(path.relative_to(source)) for path in source.joinpath("tcpsvc").rglob("*.py")
+        str(path.relative_to(source))
+        for path in source.joinpath("tcpsvc").rglob("*.py")
     }
     assert names == {
         *expected,
@@ -215,7 +216,9 @@ def test_wheel_needs_twisted_and_zope_interface_only(wheel: Path) -> None:
     """What else there is is an extra."""
     with zipfile.ZipFile(wheel) as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        metadata = importlib.metadata.PathDistribution(zipfile.Path(archive, name).parent)
+        metadata = importlib.metadata.PathDistribution(
+            zipfile.Path(archive, name).parent
+        )
         requires = metadata.requires or []
     needed = [r for r in requires if "extra ==" not in r]
     assert sorted(re.split("[>=]", r)[0] for r in needed) == [

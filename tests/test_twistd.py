@@ -613,15 +613,15 @@ def test_every_option_reaches_the_server(made: Any) -> None:
         "--drop-incoming", "--on-handler-error=raise",
     )  # fmt: skip
     assert described["max_connections"] == 7
-    assert described["max_accepts_per_batch"] == 5
-    assert described["buffer_age_limit"] is None
+    assert described["options"]["max_accepts_per_batch"] == 5
+    assert described["options"]["buffer_age_limit"] is None
     assert described["is_dropping_incoming_connections"] is True
-    assert described["on_handler_error"] == "raise"
-    assert made("--buffer-age-limit=2.5")["buffer_age_limit"] == 2.5
-    default = made()
+    assert described["options"]["on_handler_error"] == "raise"
+    assert made("--buffer-age-limit=2.5")["options"]["buffer_age_limit"] == 2.5
+    default = made()["options"]
     assert default["buffer_age_limit"] == 120
     assert default["max_accepts_per_batch"] == 1
-    assert default["is_dropping_incoming_connections"] is False
+    assert default["drop_incoming_connections"] is False
     assert default["on_handler_error"] == "log_error"
     assert tap.Options()["drain-timeout"] == 30
 

@@ -1,0 +1,1077 @@
+"""
+The whole server against a small model of the specification, driven in any order.
+
+Two machines. The one in memory is exact: after each step the model says who is
+live, who waits, who was dropped, which handlers have started and in what order,
+every counter, every byte, every Deferred and every report. The one on real
+sockets says the same of what the kernel lets it know.
+
+``TCPSVC_DEEP=20`` runs twenty times as many examples, and other ones each time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import socket
+import struct
+import weakref
+from asyncio import IncompleteReadError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import pytest_twisted
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.logger import globalLogPublisher
+
+from tcpsvc import (
+    LOCALHOST,
+    BufferAgeLimitExceeded,
+    ConnectionGone,
+    Server,
+    WhereToListen,
+)
+from tcpsvc.testing import MemoryServer
+from tests.support import Logs, the_reactor, turn, until
+
+DEEP = int(os.environ.get("TCPSVC_DEEP", "0"))
+
+
+def run(machine: Any, examples: int, steps: int) -> None:
+    """Run a machine; the same examples every time, unless ``TCPSVC_DEEP``."""
+    gc.collect()
+    gc.freeze()  # Else each of the machine's collections would look at it all.
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples * (DEEP or 1),
+                stateful_step_count=steps,
+                derandomize=not DEEP,
+                database=None,
+                deadline=None,
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def own_log() -> Iterator[Logs]:
+    """What is logged by one example."""
+    observer = Logs()
+    globalLogPublisher.addObserver(observer)
+    try:
+        yield observer
+    finally:
+        globalLogPublisher.removeObserver(observer)
+
+
+class Boom(Exception):
+    """What handlers raise here."""
+
+
+class PolicyBoom(Exception):
+    """What ``on_handler_error`` raises here."""
+
+
+class Box:
+    """What has become of a Deferred."""
+
+    def __init__(self, deferred: Deferred[Any]) -> None:
+        self.state = "pending"
+        self.value: Any = None
+        self.deferred = deferred
+        deferred.addCallbacks(self._fired, self._failed)
+
+    def _fired(self, value: Any) -> None:
+        self.state, self.value = "done", value
+
+    def _failed(self, failure: Any) -> None:
+        self.state, self.value = type(failure.value).__name__, failure.value
+
+
+def box(coroutine: Any) -> Box:
+    """What becomes of a coroutine."""
+    return Box(Deferred.fromCoroutine(coroutine))
+
+
+# The machine in memory.
+
+#: Options of the servers in memory. What is as small is often reached.
+READER_LIMIT = 16
+WRITER_LIMIT = 64
+AGE_LIMIT = 6.0
+FLUSH_TIMEOUT = 8.0
+OWN_CLOSE_TIMEOUT = 5.0
+
+#: What a handler does when it starts. Unless it ends, it then waits to be told.
+BEHAVIOURS = [
+    "waits",
+    "waits",
+    "waits",
+    "deferred",
+    "returns",
+    "says",
+    "raises",
+    "generator",
+    "closes",
+    "closes all",
+]
+
+
+class FakePort:
+    """A listening port that closes when the test says so, or at once."""
+
+    def __init__(self, address: Any, *, at_once: bool) -> None:
+        self._address = address
+        self._at_once = at_once
+        self.stopping: Deferred[None] | None = None
+
+    def getHost(self) -> Any:
+        return self._address
+
+    def stopListening(self) -> Deferred[None] | None:
+        assert self.stopping is None, "stopListening was called twice"
+        self.stopping = Deferred()
+        return None if self._at_once else self.stopping
+
+
+class Peer:
+    """The model of one client, of its connection and of its handler."""
+
+    def __init__(self, name: int, address: Any, behaviour: str) -> None:
+        self.name = name
+        self.address = address
+        self.behaviour = behaviour
+        self.client: Any = None
+        self.reader: Any = None
+        self.writer: Any = None
+        self.end: Deferred[None] = Deferred()
+        #: gone (dropped, or never let in), held, waiting, running, ended
+        self.state = "gone"
+        self.open = True
+        # Input.
+        self.input = bytearray()
+        self.consumed = 0
+        self.floor: int | None = None  # What is certainly buffered, when cut off.
+        self.fin = False
+        self.eof = False
+        self.reading: tuple[str, int, Box] | None = None
+        self.reader_closed = False
+        # Output.
+        self.output = bytearray()
+        self.delivered = 0
+        self.takes = True
+        self.writer_state = "open"
+        self.waiters: list[list[Any]] = []  # [kind, target, Box, expected]
+        self.consumer_left: Box | None = None
+        self.has_left = False
+        self.pending_since = 0.0
+        # Its end.
+        self.closing = False
+        self.closing_since = 0.0
+        self.timeout = 0.0
+        self.was_reset = False
+        self.closed_by_server = False
+        self.is_x3 = False
+        self.age_error = False
+        self.error: type[BaseException] | None = None
+        self.error_reported = False
+
+    @property
+    def pending(self) -> int:
+        """How many bytes wait to be sent."""
+        return len(self.output) - self.delivered if self.open else 0
+
+    @property
+    def available(self) -> bytes:
+        """What the handler has not read yet."""
+        return bytes(self.input[self.consumed :])
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.name} {self.state} {'open' if self.open else 'closed'}>"
+
+
+class InMemory(RuleBasedStateMachine):
+    """
+    A :class:`MemoryServer`, and a :class:`Server` that closes it, whose port is
+    the machine's. Nothing here waits: a step's every effect is there when the
+    model has taken the step too.
+    """
+
+    policy: Any = "ignore"
+    leaks: list[Any] = []
+
+    # The start.
+
+    @initialize(
+        limit=st.integers(1, 4),
+        at_once=st.booleans(),
+        drops=st.sampled_from([False, False, False, True]),
+        asks_failed=st.booleans(),
+        ages=st.booleans(),
+    )
+    def begin(
+        self, limit: int, at_once: bool, drops: bool, asks_failed: bool, ages: bool
+    ) -> None:
+        """Create the server."""
+        self._log_context = own_log()
+        self.logs = self._log_context.__enter__()
+        self.clock = Clock()
+        self.memory = MemoryServer(
+            self.handler,
+            on_handler_error=self.on_handler_error
+            if self.policy == "callable"
+            else self.policy,
+            clock=self.clock,
+            max_connections=limit,
+            drop_incoming_connections=drops,
+            reader_buffer_size=READER_LIMIT,
+            writer_buffer_size=WRITER_LIMIT,
+            buffer_age_limit=AGE_LIMIT if ages else None,
+            flush_timeout=FLUSH_TIMEOUT,
+        )
+        self.port = FakePort(self.memory.address, at_once=at_once)
+        self.factory = self.memory.factory
+        self.server: Server[Any, Any] = Server(
+            WhereToListen.bind_to(LOCALHOST, 8000),
+            self.factory,
+            self.port,  # type: ignore[arg-type]
+        )
+        # What really happens.
+        self.started: list[int] = []
+        self.reported: list[tuple[int, str]] = []
+        self.mode = "ok"
+        self.reporting: list[Deferred[None]] = []
+        # What is to happen.
+        self.ages = ages
+        self.at_once = at_once
+        self.limit = limit
+        self.dropping = drops
+        self.closed = False
+        self.port_state = "open"  # open, closing, closed
+        self.peers: list[Peer] = []
+        self.live: list[Peer] = []
+        self.held: list[Peer] = []
+        self.starting: list[Peer] = []
+        self.to_start: list[int] = []
+        self.to_report: list[tuple[int, str]] = []
+        self.pending_reports = 0
+        self.failure: str | None = None
+        self.is_over = False
+        self.logged_failures = 0
+        self.count = dict.fromkeys(
+            (
+                "accepted dropped refused finished left failed later_errors too_old "
+                "aborted accept_errors"
+            ).split(),
+            0,
+        )
+        # Who waits from the start, and from later.
+        self.finished = Box(self.server.close_finished())
+        self.over = Box(self.server.close_finished_and_handlers_determined())
+        self.closes: list[Box] = []
+        self.failed: Box | None = None
+        self.is_closed_when_failed: bool | None = None
+        if asks_failed:
+            failed = self.server.failed()
+            failed.addBoth(self.hears_of_failure)
+            self.failed = Box(failed)
+
+    def hears_of_failure(self, result: Any) -> Any:
+        """E2: is_closed is true before anyone hears of the error."""
+        self.is_closed_when_failed = self.server.is_closed
+        return result
+
+    # What the server calls.
+
+    def handler(self, address: Any, reader: Any, writer: Any) -> Any:
+        """Each client's handler does what its client's behaviour says."""
+        peer = self.peers[address.port - 50_000]
+        assert peer.reader is None, "started twice"
+        self.started.append(peer.name)
+        peer.reader, peer.writer = reader, writer
+        peer.consumer_left = Box(writer.consumer_left())
+        if self.server.is_closed:
+            self.started.append(-1)  # H5: the model never expects that.
+        behaviour = peer.behaviour
+        if behaviour == "returns":
+            return None
+        if behaviour == "says":
+            writer.write(b"bye")
+            return "a plain value"
+        if behaviour == "raises":
+            raise Boom(peer.name)
+        if behaviour == "generator":
+            return (x for x in ())
+        if behaviour == "closes":
+            self.closes.append(Box(self.server.close()))
+        if behaviour == "closes all":
+            self.closes.append(Box(self.server.close(close_existing_connections=True)))
+        if behaviour == "deferred":
+            return peer.end
+        return self.waits(peer)
+
+    async def waits(self, peer: Peer) -> None:
+        """A coroutine that ends when told to."""
+        await peer.end
+
+    def on_handler_error(self, address: Any, failure: Any) -> Any:
+        """The policy, where it is a callable."""
+        name = address.port - 50_000
+        kind = type(failure.value).__name__
+        self.reported.append((name, kind))
+        # E1: after its slot is released; but for S6, where the handler runs on.
+        holds_slot = address in [c.peer for c in self.factory.connections]
+        if holds_slot != (kind == "BufferAgeLimitExceeded"):
+            self.reported.append((name, f"live: {holds_slot}"))
+        if self.mode == "raises":
+            raise PolicyBoom(name)
+        if self.mode == "closes":
+            self.closes.append(Box(self.server.close()))
+        if self.mode == "closes all":
+            self.closes.append(Box(self.server.close(close_existing_connections=True)))
+        if self.mode == "takes its time":
+            self.reporting.append(Deferred())
+            return self.reporting[-1]
+        return None
+
+    # The model.
+
+    def model_turn(self) -> None:
+        """What is due at once has happened."""
+        if self.port_state == "closing" and self.at_once:
+            self.port_state = "closed"
+        while self.starting:
+            peer = self.starting.pop(0)
+            self.model_start(peer)
+        self.model_over()
+
+    def model_start(self, peer: Peer) -> None:
+        assert not self.closed
+        peer.state = "running"
+        self.to_start.append(peer.name)
+        behaviour = peer.behaviour
+        if behaviour == "returns":
+            self.model_end(peer, None)
+        elif behaviour == "says":
+            self.model_write(peer, b"bye")
+            self.model_end(peer, None)
+        elif behaviour == "raises":
+            self.model_end(peer, Boom)
+        elif behaviour == "generator":
+            self.model_end(peer, TypeError)
+        elif behaviour == "closes":
+            self.model_close()
+        elif behaviour == "closes all":
+            self.model_close(existing=True)
+
+    def model_write(self, peer: Peer, data: bytes) -> None:
+        if not peer.open:
+            return  # S4: dropped.
+        if not peer.pending:
+            peer.pending_since = self.clock.seconds()
+        peer.output += data
+        if peer.takes:
+            self.model_deliver(peer)
+
+    def model_deliver(self, peer: Peer) -> None:
+        """The client takes all there is."""
+        peer.delivered = len(peer.output)
+        for waiter in peer.waiters:
+            if waiter[3] == "pending":
+                waiter[3] = "done"
+        if peer.closing and peer.open:
+            self.model_lost(peer)
+
+    def model_end(self, peer: Peer, error: Any, *, ordinary: bool = False) -> None:
+        """The handler has ended."""
+        peer.state = "ended"
+        if error is None:
+            self.count["finished"] += 1
+        elif ordinary:
+            self.count["left"] += 1
+        else:
+            self.count["failed"] += 1
+            if peer.error is None:
+                peer.error = error
+            elif error is not BufferAgeLimitExceeded:
+                self.count["later_errors"] += 1
+                self.logged_failures += 1
+        if peer.open:
+            self.model_begin_to_close(peer, FLUSH_TIMEOUT)
+        else:
+            self.model_release(peer)
+
+    def model_begin_to_close(self, peer: Peer, timeout: float) -> None:
+        if peer.closing or not peer.open:
+            return
+        peer.closing = True
+        peer.closing_since = self.clock.seconds()
+        peer.timeout = timeout
+        self.model_cut(peer)
+        if not peer.pending:
+            self.model_lost(peer)
+
+    def model_cut(self, peer: Peer) -> None:
+        """EOF, after what is buffered."""
+        if not peer.eof:
+            peer.eof = True
+            if not peer.fin and len(peer.available) > READER_LIMIT:
+                peer.floor = peer.consumed + READER_LIMIT
+
+    def model_lost(self, peer: Peer, *, how: str = "orderly") -> None:
+        """The socket is closed."""
+        assert peer.open
+        peer.open = False
+        if how == "by the client":
+            peer.eof = True
+            peer.has_left = True
+        else:
+            self.model_cut(peer)
+        peer.was_reset = how == "aborted"
+        gone = "BufferAgeLimitExceeded" if peer.age_error else "ConnectionGone"
+        for waiter in peer.waiters:
+            if waiter[3] == "pending":
+                waiter[3] = gone
+        if peer.state == "ended":
+            self.model_release(peer)
+
+    def model_close_now(self, peer: Peer) -> None:
+        """X3, for one."""
+        if peer.open:
+            peer.closed_by_server = True
+            self.model_lost(peer)
+
+    def model_release(self, peer: Peer) -> None:
+        """H4, in its order."""
+        self.live.remove(peer)
+        if peer.error is not None and not peer.error_reported:
+            self.model_report(peer, peer.error)
+        self.model_places()
+        self.model_over()
+
+    def model_places(self) -> None:
+        while self.held and not self.closed and len(self.live) < self.limit:
+            self.model_admit(self.held.pop(0))
+
+    def model_admit(self, peer: Peer) -> None:
+        peer.state = "waiting"
+        self.live.append(peer)
+        self.starting.append(peer)
+        self.count["accepted"] += 1
+
+    def model_report(self, peer: Peer, error: Any) -> None:
+        """E1, E2."""
+        if self.policy == "raise":
+            self.pending_reports += 1
+            self.model_fail(error.__name__)
+            self.pending_reports -= 1
+        if self.policy != "callable":
+            return
+        self.to_report.append((peer.name, error.__name__))
+        self.pending_reports += 1
+        if self.mode == "raises":
+            self.model_fail("PolicyBoom")
+        if self.mode == "closes":
+            self.model_close()
+        if self.mode == "closes all":
+            self.model_close(existing=True)
+        if self.mode != "takes its time":
+            self.pending_reports -= 1
+
+    def model_fail(self, error: str) -> None:
+        """E2, E3."""
+        if self.failure is not None:
+            self.logged_failures += 1
+            return
+        self.failure = error
+        self.model_close()
+        if self.failed is None:
+            self.logged_failures += 1
+
+    def model_close(self, *, existing: bool = False) -> None:
+        if not self.closed:
+            self.closed = True
+            self.port_state = "closing"
+            held, self.held = self.held, []
+            for peer in held:
+                self.count["refused"] += 1
+                peer.state = "gone"
+                peer.open = False
+            starting, self.starting = self.starting, []
+            for peer in starting:
+                self.count["refused"] += 1
+                peer.state = "ended"
+                if peer.open:
+                    self.model_lost(peer)
+                else:
+                    self.model_release(peer)
+        if existing:
+            for peer in list(self.live):
+                if peer.open:
+                    peer.is_x3 = True
+                self.model_close_now(peer)
+        self.model_over()
+
+    def model_over(self) -> None:
+        """X4."""
+        if (
+            self.closed
+            and self.port_state == "closed"
+            and not self.live
+            and not self.pending_reports
+        ):
+            self.is_over = True
+
+    def model_sweep(self, order: list[Peer]) -> None:
+        """The look at old bytes and slow clients, once a second."""
+        now = self.clock.seconds()
+        for peer in order:
+            if not peer.open:
+                continue
+            age = now - peer.pending_since if peer.pending else 0.0
+            if self.ages and age > AGE_LIMIT:
+                # S6: "about once a second".
+                is_old = peer.writer._age_error is not None
+                assert is_old or age <= AGE_LIMIT + 1, f"{peer} is {age} s behind"
+                if is_old:
+                    self.count["too_old"] += 1
+                    peer.age_error = True
+                    if peer.state == "running":
+                        peer.error = BufferAgeLimitExceeded
+                        peer.error_reported = True
+                        self.model_report(peer, BufferAgeLimitExceeded)
+                    self.model_close_now(peer)
+                    continue
+            if peer.closing and now - peer.closing_since >= peer.timeout:
+                self.count["aborted"] += 1
+                peer.closed_by_server = True
+                self.model_lost(peer, how="aborted")
+
+    # Choosing.
+
+    def all_running(self) -> list[Peer]:
+        return [p for p in self.live if p.state == "running"]
+
+    def all_connected(self) -> list[Peer]:
+        """Clients whose connection is open at both ends."""
+        return [p for p in (*self.live, *self.held) if p.open]
+
+    def some_running(self) -> bool:
+        return bool(self.all_running())
+
+    def some_connected(self) -> bool:
+        return bool(self.all_connected())
+
+    # The clients' steps. Each lets time pass, of no length.
+
+    @rule(
+        behaviour=st.sampled_from(BEHAVIOURS),
+        takes=st.sampled_from([True, True, False]),
+    )
+    def connect(self, behaviour: str, takes: bool) -> None:
+        """A client connects."""
+        if len(self.peers) >= 12:
+            return
+        name = len(self.peers)
+        peer = Peer(name, IPv4Address("TCP", LOCALHOST, 50_000 + name), behaviour)
+        peer.takes = takes
+        self.peers.append(peer)
+        if self.closed or self.dropping:
+            self.count["refused" if self.closed else "dropped"] += 1
+            peer.open = False
+        elif len(self.live) >= self.limit:
+            peer.state = "held"
+            self.held.append(peer)
+        else:
+            self.model_admit(peer)
+        peer.client = self.memory.connect(peer.address, is_reading=takes)
+        self.model_turn()
+        for connection in self.factory.connections:
+            if connection.peer == peer.address:
+                self.leaks.append(weakref.ref(connection))
+
+    @precondition(some_connected)
+    @rule(pick=st.integers(0, 15), size=st.sampled_from([1, 7, 15, 16, 17, 40]))
+    def client_sends(self, pick: int, size: int) -> None:
+        """A client sends."""
+        peer = self.pick(self.all_connected(), pick)
+        if peer.fin:
+            return
+        data = bytes(len(peer.input) + i & 255 for i in range(size))
+        if not peer.eof:
+            peer.input += data
+        peer.client.send(data)
+        self.model_turn()
+
+    @precondition(some_connected)
+    @rule(pick=st.integers(0, 15))
+    def client_fin(self, pick: int) -> None:
+        """A client sends FIN."""
+        peer = self.pick(self.all_connected(), pick)
+        if peer.fin:
+            return
+        if not peer.eof:
+            peer.fin = peer.eof = True
+        peer.fin = True
+        peer.client.send_eof()
+        self.model_turn()
+
+    @precondition(some_connected)
+    @rule(pick=st.integers(0, 15))
+    def client_resets(self, pick: int) -> None:
+        """A client sends RST."""
+        peer = self.pick(self.all_connected(), pick)
+        self.model_lost(peer, how="by the client")
+        peer.client.reset()
+        self.model_turn()
+
+    @precondition(some_connected)
+    @rule(pick=st.integers(0, 15))
+    def client_stops_reading(self, pick: int) -> None:
+        """A client takes nothing more."""
+        peer = self.pick(self.all_connected(), pick)
+        peer.takes = False
+        peer.client.stop_reading()
+
+    @precondition(some_connected)
+    @rule(pick=st.integers(0, 15))
+    def client_resumes_reading(self, pick: int) -> None:
+        """A client takes all there is, and goes on."""
+        peer = self.pick(self.all_connected(), pick)
+        peer.takes = True
+        if peer.pending:
+            self.model_deliver(peer)
+        peer.client.resume_reading()
+        self.model_turn()
+
+    # The handlers' steps. No turn of the reactor is in them.
+
+    def end_with(self, peer: Peer, error: BaseException | None, ordinary: bool) -> None:
+        """A handler ends."""
+        if error is None:
+            peer.end.callback(None)
+            self.model_end(peer, None)
+        else:
+            peer.end.errback(error)
+            self.model_end(peer, type(error), ordinary=ordinary)
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_finishes(self, pick: int) -> None:
+        """A handler finishes."""
+        self.end_with(self.pick(self.all_running(), pick), None, True)
+
+    @precondition(some_running)
+    @rule(
+        pick=st.integers(0, 15),
+        kind=st.sampled_from(["boom", "gone", "incomplete", "cancelled", "another's"]),
+    )
+    def handler_raises(self, pick: int, kind: str) -> None:
+        """A handler raises: an error of its own, or how its connection ended (H6)."""
+        peer = self.pick(self.all_running(), pick)
+        ordinary = False
+        error: BaseException = Boom(peer.name)
+        if kind == "incomplete":
+            if peer.closed_by_server and not peer.is_x3:
+                return  # H6 says nothing of it.
+            error = IncompleteReadError(b"", 1)
+            ordinary = peer.is_x3
+        elif kind == "cancelled":
+            error = CancelledError()  # By whomever, but not by the server.
+        elif kind == "gone" and not peer.open and peer.writer_state != "closed":
+            error = Box(peer.writer.flushed()).value
+            ordinary = not peer.age_error
+        elif kind == "another's":
+            error = ConnectionGone("of another connection")
+        self.end_with(peer, error, ordinary)
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15), size=st.sampled_from([1, 10, 64, 65, 150_000]))
+    def handler_writes(self, pick: int, size: int) -> None:
+        """A handler writes (S4, S8)."""
+        peer = self.pick(self.all_running(), pick)
+        data = bytes([len(peer.output) & 255]) * size
+        if peer.writer_state != "open":
+            with pytest.raises(RuntimeError):
+                peer.writer.write(data)
+            return
+        peer.writer.write(data)
+        self.model_write(peer, data)
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15), kind=st.sampled_from(["flushed", "drain"]))
+    def handler_waits_for_output(self, pick: int, kind: str) -> None:
+        """A handler awaits drain or flushed (S4, S5)."""
+        peer = self.pick(self.all_running(), pick)
+        if peer.writer_state == "closed":
+            expected = "RuntimeError"
+        elif not peer.open:
+            expected = (
+                "BufferAgeLimitExceeded" if peer.age_error else "ConnectionGone"
+            )
+        elif peer.pending > (WRITER_LIMIT if kind == "drain" else 0):
+            expected = "pending"
+        else:
+            expected = "done"
+        writer = peer.writer
+        waits = Box(writer.flushed()) if kind == "flushed" else box(writer.drain())
+        peer.waiters.append([kind, len(peer.output), waits, expected])
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15), which=st.integers(0, 3))
+    def handler_cancels_a_wait(self, pick: int, which: int) -> None:
+        """Cancelling a drain or a flushed affects nobody else (S1)."""
+        peer = self.pick(self.all_running(), pick)
+        waiting = [w for w in peer.waiters if w[3] == "pending"]
+        if waiting:
+            waiter = waiting[which % len(waiting)]
+            waiter[3] = "CancelledError"
+            waiter[2].deferred.cancel()
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_closes_its_writer(self, pick: int) -> None:
+        """A handler closes its writer: flushed, then closed; the slot is kept."""
+        peer = self.pick(self.all_running(), pick)
+        if peer.writer_state != "closed":
+            peer.writer_state = "closed"
+            self.model_begin_to_close(peer, min(OWN_CLOSE_TIMEOUT, FLUSH_TIMEOUT))
+        peer.writer.close()
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_closes_its_reader(self, pick: int) -> None:
+        """A handler closes its reader: the connection is closed (S8)."""
+        peer = self.pick(self.all_running(), pick)
+        peer.reader.close()
+        peer.reader_closed = True
+        self.model_close_now(peer)
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_writes_eof(self, pick: int) -> None:
+        """A handler closes its write side."""
+        peer = self.pick(self.all_running(), pick)
+        if peer.writer_state == "closed":
+            with pytest.raises(RuntimeError):
+                peer.writer.write_eof()
+            return
+        peer.writer.write_eof()
+        peer.writer_state = "eof"
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_aborts(self, pick: int) -> None:
+        """A handler aborts its connection."""
+        peer = self.pick(self.all_running(), pick)
+        peer.writer.abort()
+        if peer.open:
+            peer.closed_by_server = True
+            self.model_lost(peer, how="aborted")
+
+    @precondition(some_running)
+    @rule(
+        pick=st.integers(0, 15),
+        kind=st.sampled_from(["read", "readexactly"]),
+        size=st.sampled_from([1, 5, 16, 30, 60]),
+    )
+    def handler_reads(self, pick: int, kind: str, size: int) -> None:
+        """A handler reads (S1, S2)."""
+        peer = self.pick(self.all_running(), pick)
+        reads = box(getattr(peer.reader, kind)(size))
+        if peer.reading is not None or peer.reader_closed:
+            assert reads.state == "RuntimeError"
+            return
+        peer.reading = (kind, size, reads)
+
+    @precondition(some_running)
+    @rule(pick=st.integers(0, 15))
+    def handler_cancels_its_read(self, pick: int) -> None:
+        """Cancelling a read loses no byte, and leaves the reader free (S1)."""
+        peer = self.pick(self.all_running(), pick)
+        if peer.reading is not None:
+            reads = peer.reading[2]
+            peer.reading = None
+            reads.deferred.cancel()
+            assert reads.state == "CancelledError"
+
+    # The server's steps.
+
+    @rule()
+    def turn(self) -> None:
+        """One turn of the reactor."""
+        self.clock.advance(0)
+        self.model_turn()
+
+    @rule(seconds=st.sampled_from([0.5, 1, 1, 3, 9]))
+    def time_passes(self, seconds: float) -> None:
+        """The clock is advanced."""
+        for _ in range(int(seconds * 2)):
+            sweeper = self.factory._sweeper
+            timer = sweeper._timer
+            sweeps = timer is not None and timer.getTime() <= self.clock.seconds() + 0.5
+            by_id = {id(c): c.peer.port - 50_000 for c in sweeper._watched}
+            order = [self.peers[name] for name in by_id.values()]
+            self.clock.advance(0.5)
+            self.model_turn()
+            if sweeps:
+                self.model_sweep(order)
+                self.model_turn()
+            self.as_expected()
+
+    @rule(drop=st.booleans())
+    def set_drop(self, drop: bool) -> None:
+        """Drop incoming connections, or not any more (D1, D2)."""
+        self.dropping = drop
+        if drop:
+            held, self.held = self.held, []
+            for peer in held:
+                self.count["dropped"] += 1
+                peer.state = "gone"
+                peer.open = False
+        self.server.set_drop_incoming_connections(drop)
+
+    @rule(limit=st.integers(1, 5))
+    def set_limit(self, limit: int) -> None:
+        """Another limit: it closes nobody, and lets in who waits."""
+        self.limit = limit
+        self.server.max_connections = limit
+        self.model_places()
+
+    @rule(often=st.sampled_from([0, 0, 0, 1]))
+    def close(self, often: int) -> None:
+        """Close (X1, X2). Not in most places where it might be, else all is short."""
+        if not often and not self.closed:
+            return
+        waits = Box(self.server.close())
+        self.model_close()
+        assert (waits.state == "done") == (self.port_state == "closed")
+        self.closes.append(waits)
+
+    @rule(often=st.sampled_from([0, 0, 0, 1]))
+    def close_all(self, often: int) -> None:
+        """Close with existing connections (X3), also after a plain close."""
+        if not often and not self.closed:
+            return
+        waits = Box(self.server.close(close_existing_connections=True))
+        self.model_close(existing=True)
+        assert (waits.state == "done") == (self.port_state == "closed")
+        self.closes.append(waits)
+
+    @precondition(lambda self: self.port_state == "closing" and not self.at_once)
+    @rule()
+    def port_closes(self) -> None:
+        """The listening socket is closed."""
+        self.port_state = "closed"
+        self.port.stopping.callback(None)  # type: ignore[union-attr]
+        self.model_over()
+
+    @precondition(some_running)
+    @rule()
+    def cancel_handlers(self) -> None:
+        """The server cancels its handlers: they end ordinarily (H6)."""
+        for peer in list(self.live):
+            if peer.state == "running":
+                self.model_end(peer, CancelledError, ordinary=True)
+        self.server.cancel_handlers()
+
+    @precondition(lambda self: self.policy == "callable")
+    @rule(
+        mode=st.sampled_from(
+            ["ok", "ok", "takes its time", "raises", "closes", "closes all"]
+        )
+    )
+    def set_mode(self, mode: str) -> None:
+        """What on_handler_error does from now on."""
+        self.mode = mode
+
+    @precondition(lambda self: self.reporting)
+    @rule(pick=st.integers(0, 15), fails=st.booleans())
+    def report_ends(self, pick: int, fails: bool) -> None:
+        """The Deferred of an on_handler_error fires."""
+        report = self.reporting.pop(pick % len(self.reporting))
+        if fails:
+            report.errback(PolicyBoom())
+            self.model_fail("PolicyBoom")
+        else:
+            report.callback(None)
+        self.pending_reports -= 1
+        self.model_over()
+
+    def pick(self, candidates: list[Peer], number: int) -> Peer:
+        return candidates[number % len(candidates)]
+
+    # What must hold after each step.
+
+    @invariant()
+    def as_expected(self) -> None:
+        """Everything that can be seen is as the model says."""
+        server = self.server
+        server.invariant()
+        assert [c.peer.port - 50_000 for c in self.factory.connections] == [
+            p.name for p in self.live
+        ]
+        assert server.num_connections == len(self.live)
+        assert server.max_connections == self.limit
+        assert server.is_closed == self.closed
+        assert server.is_dropping_incoming_connections == self.dropping
+        assert self.started == self.to_start
+        assert self.reported == self.to_report
+        described = json.loads(json.dumps(server.describe()))
+        assert described["counters"] == self.count
+        assert described["held"] == len(self.held)
+        assert "\n" not in repr(server)
+        for peer in self.peers:
+            self.peer_as_expected(peer)
+        self.waiters_as_expected()
+        assert len(self.logs.bad()) == self.logged_failures
+
+    def peer_as_expected(self, peer: Peer) -> None:
+        client = peer.client
+        assert client.is_closed != peer.open, peer
+        assert len(client._received) == peer.delivered
+        assert client._received == peer.output[: peer.delivered]
+        has_eof = not peer.open or (peer.writer_state == "eof" and not peer.pending)
+        assert client.has_eof == has_eof, peer
+        assert client.was_reset == peer.was_reset, peer
+        if peer.writer is None:
+            return
+        writer = peer.writer
+        assert writer.bytes_to_write == peer.pending
+        assert writer.is_closed == (not peer.open or peer.writer_state == "closed")
+        assert peer.consumer_left is not None
+        assert (peer.consumer_left.state == "done") == peer.has_left
+        for kind, _, waits, expected in peer.waiters:
+            assert waits.state == expected, (peer, kind)
+        self.read_as_expected(peer)
+
+    def read_as_expected(self, peer: Peer) -> None:
+        """The outstanding read has ended exactly if it should."""
+        if peer.reading is None:
+            return
+        kind, size, reads = peer.reading
+        available = peer.available
+        if peer.reader_closed:
+            assert reads.state == "RuntimeError"
+            peer.reading = None
+            return
+        if reads.state == "pending":
+            assert not peer.eof
+            assert len(available) < (1 if kind == "read" else size)
+            return
+        peer.reading = None
+        if reads.state == "IncompleteReadError":
+            got, is_last = reads.value.partial, True
+            assert kind == "readexactly"
+            assert len(got) < size
+        else:
+            assert reads.state == "done", reads.value
+            got = reads.value
+            is_last = not got
+            assert len(got) == size if kind == "readexactly" else len(got) <= size
+        assert available.startswith(got)
+        peer.consumed += len(got)
+        if is_last:
+            assert peer.eof
+            least = len(peer.input) if peer.floor is None else peer.floor
+            assert peer.consumed >= least, f"{peer} has lost input"
+            del peer.input[peer.consumed :]
+
+    def waiters_as_expected(self) -> None:
+        server = self.server
+        port_closed = self.port_state == "closed"
+        for expected, mine, make in (
+            (port_closed, self.finished, server.close_finished),
+            (self.is_over, self.over, server.close_finished_and_handlers_determined),
+        ):
+            assert (mine.state == "done") == expected
+            # One that is asked for now knows, and its end is nobody else's.
+            fresh = Box(make())
+            assert (fresh.state == "done") == expected
+            fresh.deferred.cancel()
+        for waits in self.closes:
+            assert (waits.state == "done") == port_closed
+        if self.failed is None and self.failure is None:
+            return  # Asking now would change what is logged later.
+        self.failed_is_over = (
+            self.closed and not self.live and not self.pending_reports
+        )  # BUG
+        fresh = Box(server.failed())
+        for waits in (fresh, self.failed or fresh):
+            if self.failure is not None:
+                assert waits.state == self.failure
+                assert self.failed is None or self.is_closed_when_failed
+            else:
+                assert (waits.state == "done") == self.failed_is_over
+        fresh.deferred.cancel()
+
+    # The end.
+
+    def teardown(self) -> None:
+        """Close it all: nothing is left."""
+        if not hasattr(self, "server"):
+            return
+        try:
+            self.mode = "ok"
+            self.close_all(1)
+            if not self.at_once:
+                if self.port_state == "closing":
+                    self.port_closes()
+            self.turn()
+            while self.some_running():
+                self.handler_finishes(0)
+            while self.reporting:
+                self.report_ends(0, False)
+            self.turn()
+            self.as_expected()
+            assert not self.live
+            assert self.is_over
+            assert self.over.state == "done"
+            assert self.clock.getDelayedCalls() == []
+        finally:
+            self._log_context.__exit__(None, None, None)
+            self.logs.events.clear()
+
+
+class InMemoryCallable(InMemory):
+    policy = "callable"
+
+
+class InMemoryRaise(InMemory):
+    policy = "raise"
+
+
+@pytest.mark.parametrize("machine", [InMemory, InMemoryCallable, InMemoryRaise])
+def test_in_memory_everything_is_as_the_model_says(machine: Any, logs: Logs) -> None:
+    """
+    A1, A5, H1 to H6, D1, D2, E1 to E5, S1 to S6, S8, X1 to X5, I1, I4: any order
+    of events, for each policy; and no connection outlives its server.
+    """
+    machine.leaks = []
+    run(machine, 60, 50)
+    logs.events.clear()
+    gc.collect()
+    alive = [c for c in (ref() for ref in machine.leaks) if c is not None]
+    assert machine.leaks
+    assert alive == []
