@@ -56,6 +56,7 @@ class StreamConnection(Connection[AddressT]):
         "_flush_timeout",
         "_handler",
         "_has_flow_control",
+        "_is_being_lost",
         "_is_held",
         "_is_write_side_shut",
         "_peer_eof",
@@ -93,6 +94,7 @@ class StreamConnection(Connection[AddressT]):
         self._waits_for_handshake = False
         self._reading_paused = False
         self._is_held = False
+        self._is_being_lost = False
         self._is_write_side_shut = False
         self._peer_eof = False
         self._aborted = False
@@ -169,8 +171,10 @@ class StreamConnection(Connection[AddressT]):
     def stopProducing(self) -> None:
         """
         The transport is lost, its socket is about to be closed (IPullProducer):
-        the last moment to take what the client sent before its reset (S8).
+        the last moment to take what the client sent before its reset (S8). The
+        handler may act on it, but not close what is closing.
         """
+        self._is_being_lost = True
         if (
             self._phase is _OPEN
             and self._socket is not None
@@ -209,7 +213,11 @@ class StreamConnection(Connection[AddressT]):
 
     def abort(self) -> None:
         """Close with a reset."""
-        if self._aborted or self.when_socket_closed.has_happened:
+        if (
+            self._aborted
+            or self._is_being_lost
+            or self.when_socket_closed.has_happened
+        ):
             return
         self._aborted = True
         self._closed_by_server = True
@@ -295,6 +303,7 @@ class StreamConnection(Connection[AddressT]):
         if (
             self._phase is not _OPEN
             or self._aborted
+            or self._is_being_lost
             or self.when_socket_closed.has_happened
         ):
             return
@@ -338,6 +347,8 @@ class StreamConnection(Connection[AddressT]):
         ``abortConnection`` resets).
         """
         lose = getattr(self._base, "connectionLost", None)
+        if self._is_being_lost:
+            return
         if lose is not None:
             lose(Failure(ConnectionDone()))
         else:

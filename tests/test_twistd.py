@@ -512,9 +512,7 @@ def test_handlers_of_every_kind(start: Any, connect: Any) -> None:
             directory=elsewhere,
         )
     )  # fmt: skip
-    said = [
-        connect(child.address(r"\d+\.0\.0\.[01]")).read_all() for child in children
-    ]
+    said = [connect(child.address(r"\d+\.0\.0\.[01]")).read_all() for child in children]
     # The first one drops: EOF and nothing else.
     assert said == [b"", b"socket\n", b"protocol\n", b"protocol\n"]
     stop(*children)
@@ -698,9 +696,7 @@ def test_the_path_is_gone_also_after_the_second_signal(
     start: Any, connect: Any
 ) -> None:
     """Nothing stays on disk, whatever the handlers do."""
-    child = start(
-        *twistd("-n", "tcpsvc", "--socket=a.sock", "--drain-timeout=0")
-    )
+    child = start(*twistd("-n", "tcpsvc", "--socket=a.sock", "--drain-timeout=0"))
     child.expect("listening on")
     client = connect(UNIXAddress(str(child.directory / "a.sock")))
     client.send(b"a")
@@ -1006,7 +1002,12 @@ def outcomes(
             argv += [*good, "--app-dir=../app"]
             argv += [option.format(used=port) for option in bad]
             jobs.append(
-                {"number": number, "mode": mode, "directory": str(directory), "argv": argv}
+                {
+                    "number": number,
+                    "mode": mode,
+                    "directory": str(directory),
+                    "argv": argv,
+                }
             )
         try:
             done = subprocess.run(

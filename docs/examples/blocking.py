@@ -8,7 +8,7 @@ def greet(address, sock):
 def talk(sock):
     """Blocking code, in a thread of its own."""
     sock.setblocking(True)
-    sock.sendall(b"What is your name?\n")
+    sock.sendall(b"Who is there?\n")
     with sock.makefile("rb") as lines:
-        name = lines.readline().strip()
-    sock.sendall(b"Hello, " + name + b"!\n")
+        name = lines.readline()
+    sock.sendall(b"Hello, " + name)

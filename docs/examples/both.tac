@@ -1,5 +1,3 @@
-import os
-
 from hello import greet
 from pages import make_site
 from twisted.application.service import Application, MultiService
@@ -11,13 +9,13 @@ services = MultiService()
 services.setServiceParent(application)
 
 TcpService(
-    WhereToListen.of_port(int(os.environ.get("PORT", "8000"))),
+    WhereToListen.of_port(8000),
     greet,
     on_handler_error=log_error,
 ).setServiceParent(services)
 
 TcpService.of_protocols(
-    WhereToListen.bind_to(LOCALHOST, int(os.environ.get("WEB_PORT", "8080"))),
+    WhereToListen.bind_to(LOCALHOST, 8080),
     make_site(),
     on_handler_error=log_error,
     drain_timeout=5.0,

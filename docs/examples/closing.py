@@ -1,12 +1,10 @@
-import sys
-
 from twisted.internet import defer, task
 
 import tcpsvc
 from tcpsvc import LOCALHOST, Server, WhereToListen
 
 
-async def main(reactor, port="8000"):
+async def main(reactor):
     async def echo_until_stopped(address, reader, writer):
         async for line in reader:
             writer.write(line)
@@ -15,14 +13,14 @@ async def main(reactor, port="8000"):
             await writer.drain()
 
     server = await Server.create(
-        WhereToListen.bind_to(LOCALHOST, int(port)),
+        WhereToListen.bind_to(LOCALHOST, 8005),
         echo_until_stopped,
         on_handler_error=tcpsvc.log_error,
     )
-    print(f"listening on port {server.listening_on}", flush=True)
+    print("listening on port", server.listening_on)
 
     await server.close_finished()
-    print(f"closed, {server.num_connections} remain", flush=True)
+    print(f"closed, {server.num_connections} remain")
     try:
         over = server.close_finished_and_handlers_determined()
         await over.addTimeout(10, reactor)
@@ -30,8 +28,7 @@ async def main(reactor, port="8000"):
         await server.close(close_existing_connections=True)
         server.cancel_handlers()
         await server.close_finished_and_handlers_determined()
-    print("all have ended", flush=True)
+    print("all have ended")
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)

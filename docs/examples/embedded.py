@@ -1,5 +1,3 @@
-import sys
-
 from twisted.internet import task
 from twisted.internet.task import LoopingCall
 
@@ -22,18 +20,17 @@ class Application:
         writer.write(b"%d ticks\n" % self.ticks)
 
 
-async def main(reactor, port="8000"):
+async def main(reactor):
     application = Application(reactor)
     application.ticking.start(0.1)
     server = await Server.create(
-        WhereToListen.bind_to(LOCALHOST, int(port)),
+        WhereToListen.bind_to(LOCALHOST, 8001),
         application.report,
         on_handler_error=tcpsvc.log_error,
         reactor=reactor,
     )
-    print(f"listening on port {server.listening_on}", flush=True)
+    print("listening on port", server.listening_on)
     await server.close_finished_and_handlers_determined()
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)

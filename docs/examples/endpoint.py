@@ -1,5 +1,3 @@
-import sys
-
 from hello import greet
 from twisted.internet import task
 from twisted.internet.endpoints import TCP4ServerEndpoint
@@ -7,13 +5,13 @@ from twisted.internet.endpoints import TCP4ServerEndpoint
 from tcpsvc import ServerFactory, log_error
 
 
-async def main(reactor, port="8000"):
+async def main(reactor):
     factory = ServerFactory.of_streams(
         greet, on_handler_error=log_error, max_connections=100
     )
-    endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+    endpoint = TCP4ServerEndpoint(reactor, 8002, interface="127.0.0.1")
     listening = await endpoint.listen(factory)
-    print(f"listening on port {listening.getHost().port}", flush=True)
+    print("listening on port", listening.getHost().port)
 
     def stop():
         factory.close()  # No further handler starts.
@@ -24,5 +22,4 @@ async def main(reactor, port="8000"):
     await factory.when_over()
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)

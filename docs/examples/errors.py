@@ -1,5 +1,3 @@
-import sys
-
 from calculator import divide
 from twisted.internet import task
 
@@ -8,18 +6,17 @@ from tcpsvc import LOCALHOST, Server, WhereToListen
 
 def tell(address, failure):
     """An ``on_handler_error`` of one's own; the server goes on."""
-    print(f"{address.host}: {failure.type.__name__}", flush=True)
+    print(f"{address.host}: {failure.type.__name__}")
 
 
-async def main(reactor, port="8000"):
+async def main(reactor):
     server = await Server.create(
-        WhereToListen.bind_to(LOCALHOST, int(port)),
+        WhereToListen.bind_to(LOCALHOST, 8002),
         divide,
         on_handler_error=tell,
     )
-    print(f"listening on port {server.listening_on}", flush=True)
+    print("listening on port", server.listening_on)
     await server.failed()  # Fails when `tell` raises, or with "raise".
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)

@@ -1,17 +1,12 @@
-import os
-
 from hello import greet
 from twisted.application.service import Application
 
-from tcpsvc import TcpService, WhereToListen, log_error
-
-port = int(os.environ.get("PORT", "8000"))
+import tcpsvc
+from tcpsvc import WhereToListen
+from tcpsvc.service import TcpService
 
 application = Application("hello")
 service = TcpService(
-    WhereToListen.of_port(port),
-    greet,
-    on_handler_error=log_error,
-    max_connections=100,
+    WhereToListen.of_port(8000), greet, on_handler_error=tcpsvc.log_error
 )
 service.setServiceParent(application)

@@ -1,5 +1,3 @@
-import sys
-
 from twisted.internet import task
 
 import tcpsvc
@@ -7,9 +5,9 @@ from tcpsvc import LOCALHOST, Server, WhereToListen
 from tcpsvc.handlers import echo
 
 
-async def main(reactor, port="8000"):
+async def main(reactor):
     server = await Server.create(
-        WhereToListen.bind_to(LOCALHOST, int(port)),
+        WhereToListen.bind_to(LOCALHOST, 8004),
         echo,
         on_handler_error=tcpsvc.log_error,
         max_connections=2,
@@ -18,9 +16,8 @@ async def main(reactor, port="8000"):
         reader_buffer_size=4096,
         keepalive=True,
     )
-    print(f"listening on port {server.listening_on}", flush=True)
+    print("listening on port", server.listening_on)
     await server.close_finished_and_handlers_determined()
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)

@@ -5,13 +5,12 @@ def patient(clock):
     """A handler that waits half a minute for a name."""
 
     async def greet(address, reader, writer):
-        writer.write(b"What is your name?\n")
+        writer.write(b"Who is there?\n")
         reading = defer.Deferred.fromCoroutine(reader.readline())
         try:
-            line = await reading.addTimeout(30, clock)
+            name = await reading.addTimeout(30, clock)
         except defer.TimeoutError:
-            writer.write(b"You have no name.\n")
-            return
-        writer.write(b"Hello, " + line.strip() + b"!\n")
+            name = b"stranger\n"
+        writer.write(b"Hello, " + name)
 
     return greet

@@ -10,9 +10,9 @@ from tcpsvc.testing import MemoryServer, connect, serve
 class GreetInMemory(SynchronousTestCase):
     def test_greets_by_name(self):
         client = MemoryServer(greet).connect()
-        self.assertEqual(client.take(), b"What is your name?\n")
+        self.assertEqual(client.take(), b"Who is there?\n")
         client.send(b"Ada\n")
-        self.assertEqual(client.take(), b"Hello, Ada!\n")
+        self.assertEqual(client.take(), b"Hello, Ada\n")
         self.assertTrue(client.is_closed)
 
     def test_gives_up_after_half_a_minute(self):
@@ -22,7 +22,7 @@ class GreetInMemory(SynchronousTestCase):
         clock.advance(29)
         self.assertEqual(client.received, b"")
         clock.advance(1)
-        self.assertEqual(client.received, b"You have no name.\n")
+        self.assertEqual(client.received, b"Hello, stranger\n")
 
     def test_nothing_is_divided_by_zero(self):
         server = MemoryServer(divide)
@@ -36,9 +36,9 @@ class GreetOnAPort(TestCase):
     async def test_greets_by_name(self):
         server = await serve(self, greet)
         client = await connect(self, server)
-        self.assertEqual(await client.reader.readline(), b"What is your name?\n")
+        self.assertEqual(await client.reader.readline(), b"Who is there?\n")
         client.write(b"Ada\n")
-        self.assertEqual(await client.reader.read(), b"Hello, Ada!\n")
+        self.assertEqual(await client.reader.read(), b"Hello, Ada\n")
 
     async def test_division_by_zero_is_logged(self):
         server = await serve(self, divide)

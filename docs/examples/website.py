@@ -1,5 +1,3 @@
-import sys
-
 from pages import make_site
 from twisted.internet import task
 
@@ -7,16 +5,15 @@ import tcpsvc
 from tcpsvc import LOCALHOST, Server, WhereToListen
 
 
-async def main(reactor, port="8080"):
+async def main(reactor):
     server = await Server.create_protocol(
-        WhereToListen.bind_to(LOCALHOST, int(port)),
+        WhereToListen.bind_to(LOCALHOST, 8080),
         make_site(),
         on_handler_error=tcpsvc.log_error,
         max_connections=100,
     )
-    print(f"listening on port {server.listening_on}", flush=True)
+    print("listening on port", server.listening_on)
     await server.close_finished_and_handlers_determined()
 
 
-if __name__ == "__main__":
-    task.react(main, sys.argv[1:])
+task.react(main)
