@@ -63,14 +63,29 @@ def in_thread(function: Callable[..., Any], *args: Any) -> Deferred[Any]:
     return deferToThread(function, *args)
 
 
+def is_bad(event: dict[str, Any]) -> bool:
+    """Whether an event is a failure or a critical line, which no test may leave."""
+    return bool(
+        event.get("log_level") is LogLevel.critical
+        or event.get("isError")
+        or event.get("log_failure") is not None
+    )
+
+
 class Logs:
     """What was logged during a test, by anybody."""
+
+    #: A test that logs more than that is a storm: the oldest harmless lines go.
+    MOST = 5000
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
 
     def __call__(self, event: Any) -> None:
         self.events.append(event)
+        if len(self.events) > 2 * self.MOST:
+            old = [e for e in self.events[: -self.MOST] if is_bad(e)]
+            self.events = old + self.events[-self.MOST :]
 
     def texts(self, level: LogLevel | None = None) -> list[str]:
         """The lines, of one level or of all."""
@@ -84,7 +99,7 @@ class Logs:
         """Remove the expected events of some levels, so that they do not fail
         the test, and return them."""
         taken = [e for e in self.events if e.get("log_level") in levels]
-        self.events = [e for e in self.events if e not in taken]
+        self.events = [e for e in self.events if e.get("log_level") not in levels]
         return taken
 
     def bad(self) -> list[str]:
@@ -97,9 +112,7 @@ class Logs:
                 else ""
             )
             for e in self.events
-            if e.get("log_level") is LogLevel.critical
-            or e.get("isError")
-            or e.get("log_failure") is not None
+            if is_bad(e)
         ]
 
 

@@ -347,9 +347,11 @@ async def test_a_close_with_a_timeout_times_out_as_any_deferred(
     closing = server.close(close_existing_connections=close_existing_connections)
     closing.addTimeout(1, clock)
     clock.advance(1)
-    with pytest.raises(TimeoutError):
-        await closing
-    stopping.callback(None)
+    try:
+        with pytest.raises(TimeoutError):
+            await closing
+    finally:
+        stopping.callback(None)
     await server.close()
 
 
@@ -564,8 +566,7 @@ async def test_a_connection_in_its_final_flush_is_closed_too(
     server = await serve(handler, clock=Clock())
     client = connect(server)
     await until(
-        lambda: [c["handler"] for c in server.describe()["connections"]]
-        == ["finished"]
+        lambda: [c["handler"] for c in server.describe()["connections"]] == ["finished"]
     )
     await server.close(close_existing_connections=True)
     assert server.num_connections == 0
@@ -731,9 +732,7 @@ async def test_a_handler_whose_client_is_gone_delays_the_end(
 
 
 @ensureDeferred
-async def test_several_connections_end_in_any_order(
-    serve: Any, connect: Any
-) -> None:
+async def test_several_connections_end_in_any_order(serve: Any, connect: Any) -> None:
     """X4: cfhd is at the last one."""
     server = await serve(echo)
     clients = [connect(server) for _ in range(4)]

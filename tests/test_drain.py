@@ -90,7 +90,8 @@ async def test_a_closed_server_that_has_ended_is_drained_at_once(
 ) -> None:
     """There is nothing to wait for."""
     server = await serve(reads, clock=clock)
-    await server.close()
+    server.close()
+    await server.close_finished_and_handlers_determined()
     assert Fired(Drain(server, 30.0).when_done())
     assert clock.getDelayedCalls() == []
 

@@ -5,9 +5,12 @@ spec S8, and S9, on real sockets.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import gc
 import socket
+import termios
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -220,7 +223,7 @@ async def test_what_a_client_sends_after_writers_close_is_discarded(
     assert await s.reader.read() == b"before"
 
 
-@pytest.mark.parametrize("size", [1, 100_000, 1_000_000])
+@pytest.mark.parametrize("size", [1, 10_000, 1_000_000])
 @ensureDeferred
 async def test_bytes_that_came_before_a_reset_are_read(scene: Any, size: int) -> None:
     """S8, reads, client RST: though both come at once."""
@@ -230,6 +233,7 @@ async def test_bytes_that_came_before_a_reset_are_read(scene: Any, size: int) ->
     await sending
     await until(lambda: s.reader.bytes_read == size)
     s.client.send(b"z" * 1000)
+    await arrived(s.client)
     s.client.reset()
     assert await ended(reading) == b"y" * size + b"z" * 1000
 
@@ -544,13 +548,26 @@ async def test_close_finished_tells_of_a_writer_that_is_closed(scene: Any) -> No
 # S9, and resets at bad moments
 
 
-async def pause(s: Scene, size: int) -> None:
-    """Let the client send so much that reading is paused."""
-    await in_thread(s.client.send, b"y" * size)
+#: More than one receive takes, and less than a kernel takes.
+SOME = 110_000
+
+
+async def arrived(client: Any) -> None:
+    """Wait until the server's kernel has all that a client sent."""
+    unsent = array.array("i", [1])
+    while unsent[0]:
+        fcntl.ioctl(client.socket.fileno(), termios.TIOCOUTQ, unsent)
+        await turn(0.001)
+
+
+async def pause(s: Scene) -> None:
+    """Let the client send so much that reading is paused, and all arrives."""
+    s.client.send(b"y" * SOME)
+    await arrived(s.client)
     await until(lambda: s.reader.bytes_read >= 1000)
     for _ in range(10):
         await turn()
-    assert s.reader.bytes_read < size
+    assert s.reader.bytes_read < SOME
 
 
 @ensureDeferred
@@ -559,12 +576,10 @@ async def test_a_reset_while_reading_is_paused_is_noticed_at_the_next_read(
 ) -> None:
     """S9, S8: what came before it is read, then EOF."""
     s = await scene(b"", reader_buffer_size=1000)
-    await pause(s, 300_000)
+    await pause(s)
     s.client.reset()
-    assert await s.reader.read(100_000)
-    assert len(await s.reader.read()) + 65536 >= 300_000 - 65536
-    await until(lambda: s.writer.is_closed)
-    assert s.reader.bytes_read == 300_000
+    assert len(await s.reader.read()) == SOME
+    assert s.writer.is_closed
     assert isinstance(outcome(s.writer.drain())[0], ConnectionGone)
     assert outcome(s.writer.consumer_left()) == [None]
 
@@ -575,7 +590,7 @@ async def test_a_reset_while_reading_is_paused_is_noticed_at_the_next_write(
 ) -> None:
     """S9, S8: and what came before it is still read, then EOF."""
     s = await scene(b"", reader_buffer_size=1000)
-    await pause(s, 300_000)
+    await pause(s)
     s.client.reset()
     await turn()
     s.writer.write(b"to nobody")
@@ -583,7 +598,7 @@ async def test_a_reset_while_reading_is_paused_is_noticed_at_the_next_write(
     await until(lambda: s.writer.is_closed)
     assert flushing == [None] or isinstance(flushing[0], ConnectionGone)
     assert outcome(s.writer.consumer_left()) == [None]
-    assert len(await s.reader.read()) == 300_000
+    assert len(await s.reader.read()) == SOME
 
 
 @ensureDeferred
@@ -592,14 +607,14 @@ async def test_a_reset_under_a_pending_write_while_reading_is_paused(
 ) -> None:
     """S8, S9: the waiters fail; what came before the reset is read, then EOF."""
     s = await scene(b"", reader_buffer_size=1000)
-    await pause(s, 300_000)
+    await pause(s)
     s.writer.write(MUCH)
     flushing = outcome(s.writer.flushed())
     for _ in range(10):
         await turn()
     s.client.reset()
     assert isinstance(await ended(flushing), ConnectionGone)
-    assert len(await s.reader.read()) == 300_000
+    assert len(await s.reader.read()) == SOME
     assert s.reader.at_eof()
 
 
@@ -620,11 +635,12 @@ async def test_an_echo_that_meets_a_reset_reads_all_that_came_before_it(
     server = await serve(handler, on_handler_error="raise", reader_buffer_size=1000)
     client = connect(server)
     await until(lambda: server.num_connections)
-    await in_thread(client.send, b"0123456789\n" * 30_000)
+    client.send(b"0123456789\n" * 10_000)
+    await arrived(client)
     client.reset()
     go.callback(None)
     await until(lambda: server.num_connections == 0)
-    assert len(got) == 30_000
+    assert len(got) == 10_000
 
 
 @ensureDeferred
@@ -636,16 +652,18 @@ async def test_a_handler_that_ends_on_the_last_bytes_before_a_reset(
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
         await go
-        while (line := await reader.readline()) != b"last\n":
+        async for line in reader:
             writer.write(line)
-        writer.write(b"goodbye")
-        ended.append(True)
+            if line == b"last\n":
+                break
+        ended.append(line == b"last\n")
 
     go: Deferred[None] = Deferred()
     server = await serve(handler, on_handler_error="raise", reader_buffer_size=1000)
     client = connect(server)
     await until(lambda: server.num_connections)
-    await in_thread(client.send, b"0123456789\n" * 30_000 + b"last\nunread\n")
+    client.send(b"0123456789\n" * 10_000 + b"last\nunread\n")
+    await arrived(client)
     client.reset()
     go.callback(None)
     await until(lambda: server.num_connections == 0)
@@ -720,7 +738,9 @@ async def test_a_read_that_ends_by_an_end_may_itself_end_the_connection(
 
 
 @pytest.mark.parametrize("second", [x3, own_abort, reader_close, own_close, client_rst])
-@ends(own_close, own_eof, client_fin, x3, client_rst, age_limit, own_abort, reader_close)
+@ends(
+    own_close, own_eof, client_fin, x3, client_rst, age_limit, own_abort, reader_close
+)
 @ensureDeferred
 async def test_one_end_after_another_leaves_nothing(
     scene: Any, end: End, second: End
@@ -729,7 +749,8 @@ async def test_one_end_after_another_leaves_nothing(
     s = await scene()
     await end(s)
     if second is client_rst:
-        s.client.reset()
+        if end is not client_rst:
+            s.client.reset()
     else:
         await second(s)
     await turn()
@@ -761,13 +782,19 @@ async def test_a_handler_that_ends_from_within_a_waiters_failure(
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("policy", ["ignore", lambda *_: None], ids=["ignore", "f"])
 @ensureDeferred
 async def test_nothing_is_left_of_connections_however_they_ended(
-    serve: Any, connect: Any, tmp_path: Any, kind: str
+    serve: Any, connect: Any, tmp_path: Any, logs: Any, policy: Any, kind: str
 ) -> None:
-    """A5, S8: no object, no slot; descriptors are counted by the fixture."""
+    """
+    A5, S8: no object, no slot; descriptors are counted by the fixture. Nor in
+    what Twisted keeps of the log of a program that has not begun to log.
+    """
 
     def living() -> int:
+        # What this test itself keeps.
+        logs.events.clear()
         gc.collect()
         return sum(type(o) is StreamConnection for o in gc.get_objects())
 
@@ -792,7 +819,7 @@ async def test_nothing_is_left_of_connections_however_they_ended(
 
     before = living()
     where = {} if kind == "tcp" else {"where": WhereToListen.of_file(tmp_path / "s")}
-    server = await serve(handler, **where)
+    server = await serve(handler, on_handler_error=policy, **where)
     for _ in range(10):
         for how in ("raise", "close", "abort", "reader", "drain", "eof", ""):
             client = connect(server)

@@ -9,7 +9,7 @@ async def main(reactor):
     factory = ServerFactory.of_streams(
         greet, on_handler_error=log_error, max_connections=100
     )
-    endpoint = TCP4ServerEndpoint(reactor, 8002, interface="127.0.0.1")
+    endpoint = TCP4ServerEndpoint(reactor, 8003, interface="127.0.0.1")
     listening = await endpoint.listen(factory)
     print("listening on port", listening.getHost().port)
 

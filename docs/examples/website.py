@@ -7,7 +7,7 @@ from tcpsvc import LOCALHOST, Server, WhereToListen
 
 async def main(reactor):
     server = await Server.create_protocol(
-        WhereToListen.bind_to(LOCALHOST, 8080),
+        WhereToListen.bind_to(LOCALHOST, 8081),
         make_site(),
         on_handler_error=tcpsvc.log_error,
         max_connections=100,
