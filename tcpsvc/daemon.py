@@ -81,7 +81,12 @@ class Daemon(MultiService):
         server = service.server
         assert server is not None
         if self._prints:
-            print(f"listening on {address_text(server.listening_on_address)}")
+            # By now twistd's log has taken the place of sys.stdout.
+            print(
+                f"listening on {address_text(server.listening_on_address)}",
+                file=sys.__stdout__,
+                flush=True,
+            )
         server.failed().addErrback(self._failed)
 
     def _cannot_listen(self, _: Failure) -> None:

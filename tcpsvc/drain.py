@@ -45,6 +45,7 @@ class Drain:
         self._since = self._clock.seconds()
         self._timer: IDelayedCall | None = None
         self._is_forced = False
+        self._is_cancelled = False
         self._when_done = Event()
         server.close()
         server.close_finished_and_handlers_determined().addCallback(self._done)
@@ -59,10 +60,11 @@ class Drain:
 
     def force(self) -> None:
         """The time is up: close what is left, and cancel at once."""
-        if not self._when_done.has_happened:
+        if not self._when_done.has_happened and not self._is_cancelled:
             self._close_connections(grace=0.0)
 
     def _wait(self) -> None:
+        self._timer = None
         remaining = self._server.num_connections
         waited = self._clock.seconds() - self._since
         if self._timeout is not None and waited >= self._timeout:
@@ -97,6 +99,7 @@ class Drain:
 
     def _cancel_handlers(self) -> None:
         self._timer = None
+        self._is_cancelled = True
         self._server.cancel_handlers()
         if not self._when_done.has_happened:
             self._timer = self._clock.callLater(GRACE, self._give_up)

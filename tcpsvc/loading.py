@@ -51,4 +51,6 @@ def load(name: str, app_dir: str) -> Any:
             found = getattr(found, attribute)
         except AttributeError as error:
             raise ValueError(f"{name!r}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{name!r}: {type(error).__name__}: {error}") from error
     return found

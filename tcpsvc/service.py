@@ -75,7 +75,8 @@ class TcpService(Service):
             )
         if drain_timeout is not None and not drain_timeout >= 0:
             raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")
-        self._where = where
+        #: Where it listens.
+        self.where = where
         self._options = options
         self._make_factory = partial(
             make_factory, handler, on_handler_error=on_handler_error
@@ -158,11 +159,11 @@ class TcpService(Service):
 
     def _listen(self) -> Deferred[Server[Any, Any]]:
         if self.server is None:
-            return Server.bind(self._where, self._make_factory, self._options)
+            return Server.bind(self.where, self._make_factory, self._options)
         # Started again while the last server still drains: once its port is free.
         freed = self.server.close_finished()
         return freed.addCallback(
-            lambda _: Server.bind(self._where, self._make_factory, self._options)
+            lambda _: Server.bind(self.where, self._make_factory, self._options)
         )
 
     def _has_bound(self, server: Server[Any, Any], bound: Event) -> None:
@@ -180,7 +181,7 @@ class TcpService(Service):
         :raises CannotListenError: the kernel refused.
         """
         super().privilegedStartService()  # type: ignore[no-untyped-call]
-        self._bind_or_raise()
+        self._bind_or_raise(logs=False)
 
     def startService(self) -> None:
         """
@@ -189,9 +190,9 @@ class TcpService(Service):
         :raises CannotListenError: the kernel refused.
         """
         super().startService()  # type: ignore[no-untyped-call]
-        if self._bound is None:
-            self._bind_or_raise()
-        self.bind().addCallbacks(self._begin, lambda _: None)
+        # Whoever bound it, and whether or not privilegedStartService was called
+        # (python -m twisted does not), a late failure is logged here and only here.
+        self._bind_or_raise().addCallback(self._begin)
 
     def _begin(self, _: None) -> None:
         if self.running and self.server is not None:
@@ -201,24 +202,25 @@ class TcpService(Service):
                 address=address_text(self.server.listening_on_address),
             )
 
-    def _bind_or_raise(self) -> None:
+    def _bind_or_raise(self, *, logs: bool = True) -> Deferred[None]:
         failures: list[Failure] = []
         is_late = False
 
         def failed(failure: Failure) -> None:
-            if is_late and not failure.check(CancelledError):
+            failures.append(failure)
+            if is_late and logs and not failure.check(CancelledError):
                 # An endpoint took its time: nobody is left to raise it to.
                 self._log.critical(
                     "cannot listen on {where}: {error}",
-                    where=str(self._where),
+                    where=str(self.where),
                     error=failure.getErrorMessage(),
                 )
-            failures.append(failure)
 
-        self.bind().addErrback(failed)
+        bound = self.bind().addErrback(failed)
         if failures:
             failures[0].raiseException()
         is_late = True
+        return bound
 
     def stopService(self) -> Deferred[None]:
         """
@@ -236,7 +238,7 @@ class TcpService(Service):
             assert self.server is not None
             self._drain(self.server)
         drains = [drain.when_done() for drain in self._drains]
-        return gatherResults(drains).addCallback(lambda _: None)
+        return gatherResults(drains, consumeErrors=True).addCallback(lambda _: None)
 
     def _drain(self, server: Server[Any, Any]) -> None:
         drain = Drain(server, self._drain_timeout)
@@ -253,7 +255,7 @@ class TcpService(Service):
         state = "running" if self.running else "stopped"
         if self._drains:
             state += ", draining"
-        return f"<TcpService on {self._where} {state}>"
+        return f"<TcpService on {self.where} {state}>"
 
     def force_stop(self) -> None:
         """While it drains: close what is left now."""

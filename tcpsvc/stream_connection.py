@@ -213,11 +213,7 @@ class StreamConnection(Connection[AddressT]):
 
     def abort(self) -> None:
         """Close with a reset."""
-        if (
-            self._aborted
-            or self._is_being_lost
-            or self.when_socket_closed.has_happened
-        ):
+        if self._aborted or self._is_being_lost or self.when_socket_closed.has_happened:
             return
         self._aborted = True
         self._closed_by_server = True
@@ -238,6 +234,8 @@ class StreamConnection(Connection[AddressT]):
 
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""
+        if self._phase is not _OPEN:
+            return  # What still comes is discarded, see dataReceived.
         if not self._reading_paused and self._is_readable():
             self._reading_paused = True
             self.transport.pauseProducing()

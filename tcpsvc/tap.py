@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,7 +23,6 @@ import tcpsvc
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
-from tcpsvc.sockets import check_unix_path
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 
@@ -43,7 +43,6 @@ def _number(kind: type, name: str, least: float) -> Callable[[str], Any]:
             raise ValueError(f"--{name} {text}: below {least:g}")
         return value
 
-    coerce.coerceDoc = f"at least {least:g}"  # type: ignore[attr-defined]
     return coerce
 
 
@@ -222,18 +221,34 @@ class Options(usage.Options):
         ]
         found += [WhereToListen.of_file(path) for path in self["socket"]]
         found += [
-            WhereToListen.of_endpoint(_checked(description, self["backlog"]))
-            for description in self["listen"]
+            _place(description, self["backlog"]) for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
 
 
-def _checked(description: str, backlog: int | None) -> str:
-    """A description, with the backlog, which is part of it."""
+def _place(description: str, backlog: int | None) -> WhereToListen[Any, Any]:
+    """
+    Where a description says. A UNIX path is opened by :mod:`tcpsvc.sockets`:
+    Twisted's own lock beside it belongs to the process that made it, and is left
+    behind, with the path, once twistd has forked.
+    """
     kind, _, rest = description.partition(":")
-    if kind == "unix" and "\\" not in rest:
-        # Twisted would leave its lock file beside a path that is too long.
-        check_unix_path(rest.partition(":")[0].removeprefix("address="))
+    path, *words = rest.split(":")
+    options = dict(word.partition("=")[::2] for word in words)
+    is_plain = "\\" not in rest and set(options) <= {"mode", "lockfile"}
+    if kind == "unix" and is_plain:
+        mode = options.get("mode", "666")
+        if not re.fullmatch("[0-7]{1,4}", mode):
+            raise ValueError(f"--listen {description}: mode={mode} is not octal")
+        return WhereToListen.of_file(path.removeprefix("address="), mode=int(mode, 8))
+    if kind == "unix" and "lockfile" not in options:
+        description += ":lockfile=0"
+    return WhereToListen.of_endpoint(_with_backlog(description, backlog))
+
+
+def _with_backlog(description: str, backlog: int | None) -> str:
+    """An endpoint's backlog is part of its description."""
+    kind = description.partition(":")[0]
     if (
         backlog is None
         or kind not in ("tcp", "tcp6", "unix", "ssl", "tls")
@@ -259,9 +274,11 @@ def makeService(options: Options) -> Daemon:
     # Until startService twistd may still fail, e.g. at a bad --uid.
     atexit.register(daemon.abandon)
     failures: list[Failure] = []
+    where = ""
     try:
         for service in _services(options):
             service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
+            where = f"{service.where}: "
             service.bind().addErrback(failures.append)
             if failures:
                 failures[0].raiseException()
@@ -269,7 +286,7 @@ def makeService(options: Options) -> Daemon:
         refuse(error)
     except Exception as error:
         # Whatever an endpoint's plugin may raise.
-        refuse(f"{type(error).__name__}: {error}")
+        refuse(f"{where}{type(error).__name__}: {error}")
     return daemon
 
 

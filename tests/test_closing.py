@@ -1065,6 +1065,7 @@ async def test_a_bare_factory_closed_by_its_first_handler(connect: Any) -> None:
     listening = socket.create_server(("127.0.0.1", 0), backlog=64)
     address = IPv4Address("TCP", *listening.getsockname())
     clients = [connect(address) for _ in range(5)]
+    listening.setblocking(False)
     port = the_reactor().adoptStreamPort(listening.fileno(), socket.AF_INET, factory)
     listening.close()
     for client in clients:

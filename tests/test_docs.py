@@ -404,6 +404,7 @@ def test_tls_example(shell: Shell) -> None:
 
 
 def greeted_over_tls(plain: socket.socket) -> None:
+    """The greeting, over TLS on a connected socket, which is closed."""
     context: ssl.SSLContext = client_context()
     with context.wrap_socket(plain) as client:
         assert client.recv(100) == b"Who is there?\n"
@@ -514,7 +515,7 @@ def test_the_readme_shows_examples_as_they_are() -> None:
     shown = blocks(ROOT / "README.rst", "python")
     for block in shown:
         assert block in examples, f"README.rst: no example is\n{block}"
-    assert [examples[b] for b in shown][0] == "hello.py"
+    assert examples[shown[0]] == "hello.py"
 
 
 def test_no_page_has_python_that_is_no_example() -> None:

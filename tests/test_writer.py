@@ -65,13 +65,6 @@ class Scene:
         self.reader, self.writer = reader, writer
         await self.end
 
-    def narrow(self) -> None:
-        """Make the kernel hold little: about 20 kB in all."""
-        self.client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self.writer.transport.getHandle().setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
-        )
-
     async def seconds(self, n: int) -> None:
         """Let seconds pass, with turns between."""
         for _ in range(n):
@@ -80,11 +73,16 @@ class Scene:
 
 
 @pytest.fixture
-def scene(serve: Any, connect: Any) -> Callable[..., Awaitable[Scene]]:
-    """``await scene(**options)``."""
+def scene(serve: Any, connect: Any, tmp_path: Any) -> Callable[..., Awaitable[Scene]]:
+    """
+    ``await scene(**options)``; ``narrow=True`` for a kernel that holds some
+    kilobytes only. That is a UNIX socket: TCP is slow with a small window.
+    """
 
-    async def scene(**options: Any) -> Scene:
+    async def scene(narrow: bool = False, **options: Any) -> Scene:
         made = Scene()
+        if narrow:
+            options["where"] = WhereToListen.of_file(tmp_path / "socket")
         made.server = await serve(
             made.handler,
             clock=made.clock,
@@ -93,6 +91,10 @@ def scene(serve: Any, connect: Any) -> Callable[..., Awaitable[Scene]]:
         )
         made.client = connect(made.server)
         await until(lambda: made.writer is not None)
+        if narrow:
+            made.writer.transport.getHandle().setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+            )
         return made
 
     return scene
@@ -165,8 +167,7 @@ def test_whatever_the_pieces_their_bytes_are_sent_in_order(sizes: list[int]) -> 
 @ensureDeferred
 async def test_pieces_of_all_sizes_arrive_in_order(scene: Any) -> None:
     """S5: over a socket that is slow to take them."""
-    s = await scene()
-    s.narrow()
+    s = await scene(narrow=True)
     pieces = [bytes([n % 251]) * (n * 977 % 150_000) for n in range(60)]
     reading = in_thread(s.client.read_all)
     for number, piece in enumerate(pieces):
@@ -212,8 +213,7 @@ async def test_flushed_fires_at_once_when_nothing_waits(scene: Any) -> None:
 @ensureDeferred
 async def test_flushed_fires_only_when_the_kernel_has_taken_all(scene: Any) -> None:
     """S5: not while the client leaves too much unread."""
-    s = await scene()
-    s.narrow()
+    s = await scene(narrow=True)
     size = 1_000_000
     s.writer.write(b"x" * size)
     flushing = outcome(s.writer.flushed())
@@ -229,8 +229,7 @@ async def test_flushed_fires_only_when_the_kernel_has_taken_all(scene: Any) -> N
 @ensureDeferred
 async def test_flushed_is_of_what_was_written_before_it(scene: Any) -> None:
     """S5: all written so far; what is written later does not keep it waiting."""
-    s = await scene()
-    s.narrow()
+    s = await scene(narrow=True)
     s.writer.write(b"x" * 100_000)
     flushing = outcome(s.writer.flushed())
     s.writer.write(MUCH)
@@ -416,8 +415,7 @@ async def test_a_client_that_does_not_read_is_closed_when_bytes_are_too_old(
     scene: Any,
 ) -> None:
     """S6: the error, its age, reported at once; the slot waits."""
-    s = await scene(buffer_age_limit=20)
-    s.narrow()
+    s = await scene(narrow=True, buffer_age_limit=20)
     s.writer.write(b"x" * 1_000_000)
     flushing, draining = outcome(s.writer.flushed()), outcome(s.writer.drain())
     await s.seconds(19)
@@ -510,8 +508,7 @@ async def test_unlimited_age_is_unlimited(scene: Any) -> None:
 @ensureDeferred
 async def test_a_slow_client_that_reads_in_time_is_not_closed(scene: Any) -> None:
     """S6: no byte of it waits for longer than the limit."""
-    s = await scene(buffer_age_limit=20)
-    s.narrow()
+    s = await scene(narrow=True, buffer_age_limit=20)
     for _ in range(10):
         s.writer.write(b"x" * 100_000)
         flushing = s.writer.flushed()
@@ -525,8 +522,7 @@ async def test_a_slow_client_that_reads_in_time_is_not_closed(scene: Any) -> Non
 @ensureDeferred
 async def test_only_bytes_that_still_wait_have_an_age(scene: Any) -> None:
     """S6: those that the kernel took are no longer in the write buffer."""
-    s = await scene(buffer_age_limit=20)
-    s.narrow()
+    s = await scene(narrow=True, buffer_age_limit=20)
     s.writer.write(b"x" * 60_000)
     await s.seconds(12)
     s.writer.write(b"y" * 60_000)
@@ -614,10 +610,9 @@ async def test_write_eof_on_what_is_gone_does_nothing(scene: Any) -> None:
 async def test_close_from_a_flushed_callback_closes_once(scene: Any) -> None:
     """S5, S8: from inside of the transport's write; the slot is kept."""
     s = await scene()
-    for use in (s.writer.close, s.writer.close):
-        s.writer.write(b"all") if not s.writer.is_closed else None
-        if not s.writer.is_closed:
-            s.writer.flushed().addCallback(lambda _, use=use: use())
+    s.writer.write(b"all")
+    for _ in range(2):
+        s.writer.flushed().addCallback(lambda _: s.writer.close())
     assert await in_thread(s.client.read_all) == b"all"
     s.client.close()
     await ended(outcome(s.writer.close_finished()))
@@ -647,8 +642,7 @@ async def test_any_end_from_a_flushed_callback(scene: Any, logs: Any, way: str) 
 @ensureDeferred
 async def test_writing_on_from_a_flushed_callback(scene: Any) -> None:
     """S5: a chain of writes, each when the one before it is taken."""
-    s = await scene()
-    s.narrow()
+    s = await scene(narrow=True)
     count = 0
 
     def again(_: Any) -> None:
