@@ -163,6 +163,9 @@ class ProtocolConnection(Connection[AddressT]):
         self.socket_closed()
         if self._protocol is None:
             return
+        if self._closed_by_server:
+            # TLS tells of a truncated stream; here it is we who cut it (spec P2).
+            reason = Failure(ConnectionDone())
         ended_by: Failure | None = None
         if not reason.check(*_ORDINARY_REASONS):
             ended_by = reason

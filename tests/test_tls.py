@@ -312,6 +312,8 @@ async def test_a_client_that_blasts_is_held_back(scene: Any) -> None:
         got += len(await s.reader.read(100_000))
     await sending
     assert got == len(MUCH)
+    # Not to end, and be closed, from inside of what delivers.
+    await turn()
 
 
 # Ends
@@ -434,6 +436,37 @@ async def test_closed_at_once_the_streams_end(scene: Any, way: str) -> None:
     assert s.clock.getDelayedCalls() == []
 
 
+@pytest.mark.parametrize("way", ["reader.close", "x3", "abort", "close", "end"])
+@ensureDeferred
+async def test_any_end_from_within_a_read(
+    serve: Any, connect: Any, where: Any, logs: Any, way: str
+) -> None:
+    """S8, X5: TLS is about to look for more input, and must not stumble."""
+    results: list[Any] = []
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        results.append(await reader.readline())
+        if way == "reader.close":
+            reader.close()
+        elif way == "x3":
+            server.close(close_existing_connections=True)
+        elif way == "abort":
+            writer.abort()
+        elif way == "close":
+            writer.close()
+
+    server = await serve(handler, where=where, on_handler_error="raise")
+    client = connect(server)
+    await in_thread(client.handshake)
+    # In one record more than one line; the next record follows it closely.
+    await in_thread(client.send, b"line\nline\n" + b"x" * 40_000)
+    await until(lambda: results)
+    await turn()
+    client.close()
+    await until(lambda: server.num_connections == 0)
+    assert logs.bad() == []
+
+
 # Peers that do not behave
 
 
@@ -456,6 +489,8 @@ async def test_a_peer_that_ignores_close_notify_is_aborted(scene: Any) -> None:
 async def test_after_its_own_close_such_a_peer_has_five_seconds(scene: Any) -> None:
     """H3: and the slot waits for the handler."""
     s = await scene()
+    s.writer.write(b"the handshake is over when this has gone")
+    await s.writer.flushed()
     closed = s.writer.close_finished()
     s.writer.close()
     assert 5 <= await s.seconds_until(lambda: closed.called) <= 8
