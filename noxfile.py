@@ -18,7 +18,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PYTHON = "3.11"
 
 #: The oldest Twisted that setup.py allows, and the newest that the suite has seen.
-TWISTEDS = ["24.3.0", "26.10.0"]
+TWISTEDS = ["24.7.0", "26.10.0"]
 
 REACTORS = ["default", "asyncio"]
 

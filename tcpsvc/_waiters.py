@@ -7,7 +7,7 @@ cancellation, on to the next; so nobody here is ever handed the same one twice.
 
 from __future__ import annotations
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, DeferredList, fail, succeed
 from twisted.python.failure import Failure
 
 
@@ -56,3 +56,13 @@ class Event:
                 waiter.callback(None)
             else:
                 waiter.errback(failure)
+
+
+def all_of(waiters: list[Deferred[None]]) -> Deferred[None]:
+    """
+    :returns: a Deferred that fires when all have fired, none of which may fail.
+        Cancelling it ends the waiting only.
+    """
+    everything = Event()
+    DeferredList(waiters).addCallback(lambda _: everything.happen())
+    return everything.wait()

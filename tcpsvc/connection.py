@@ -25,9 +25,11 @@ from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc import kernel
 from tcpsvc._waiters import Event
 from tcpsvc.counters import Counters
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
@@ -43,6 +45,8 @@ class Owner(Protocol):
     settings: Settings
     counters: Counters
     clock: Any
+    reactor: Any
+    is_closed: bool
 
     def connected(self, connection: Any) -> None:
         """Its transport is there."""
@@ -82,6 +86,7 @@ class Connection(Generic[AddressT]):
         "_factory",
         "_handler_cancelled",
         "_handler_state",
+        "_is_delivering",
         "_is_released",
         "_running",
         "id",
@@ -101,6 +106,7 @@ class Connection(Generic[AddressT]):
         self._error: Failure | None = None
         self._error_reported = False
         self._is_released = False
+        self._is_delivering = False
         self.when_socket_closed = Event()
 
     # What a kind of connection says and does.
@@ -137,6 +143,31 @@ class Connection(Generic[AddressT]):
         self._factory.counters.refused += 1
         self.close_now()
         self._release_if_over()
+
+    def _close_socket(self, transport: Any) -> bool:
+        """
+        Close a transport's socket at once, by ``shutdown`` and ``close``: of
+        Twisted's ways only ``connectionLost`` does that (``loseConnection`` first
+        flushes, ``abortConnection`` resets).
+
+        :returns: whether the transport can do that; one in memory may not.
+        """
+        base = kernel.base_transport(transport)
+        lose = getattr(base, "connectionLost", None)
+        if lose is None:
+            return False
+        if self._is_delivering and base is not transport:
+            # TLS does not stand it in the middle of its own dataReceived.
+            self._factory.reactor.callLater(0, lose, Failure(ConnectionDone()))
+        else:
+            lose(Failure(ConnectionDone()))
+        return True
+
+    def forget(self) -> None:
+        """It never gets a transport: there is nothing to close."""
+        self._handler_state = "refused"
+        self._factory.counters.refused += 1
+        self.socket_closed()
 
     def handler_ended(self, failure: Failure | None) -> None:
         """The handler has finished, with what it raised or ``None``."""

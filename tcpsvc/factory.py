@@ -16,14 +16,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet import protocol
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IAddress, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc import kernel
-from tcpsvc._waiters import Event
+from tcpsvc._waiters import Event, all_of
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.failures import Failures
@@ -245,10 +245,14 @@ class ServerFactory(protocol.ServerFactory):
             connection.hold()
             self._held_unconnected[connection.id] = connection
             return connection
-        if isinstance(connection, ProtocolConnection) and not connection.build():
-            self.counters.refused += 1
-            return Refuser()
         self._admit(connection)
+        # The application's factory may refuse, and may close this server.
+        if isinstance(connection, ProtocolConnection) and (
+            not connection.build() or self.is_closed
+        ):
+            connection.forget()
+            return Refuser()
+        self.counters.accepted += 1
         return connection
 
     def take_socket(self, client: Any, address: Any) -> None:
@@ -256,6 +260,7 @@ class ServerFactory(protocol.ServerFactory):
         connection = self._make_connection(self, self._next_id(), address, client)
         kernel.set_options(client, keepalive=self.settings.keepalive)
         self._admit(connection)
+        self.counters.accepted += 1
         self._starts.add(connection)
 
     def connected(self, connection: Any) -> None:
@@ -279,8 +284,7 @@ class ServerFactory(protocol.ServerFactory):
         """
         connection: Any = self._live.get(self._last_id)
         if connection is not None and connection.transport is None:
-            connection._handler_state = "refused"
-            connection.socket_closed()
+            connection.forget()
         self._held_unconnected.pop(self._last_id, None)
 
     def _next_id(self) -> int:
@@ -290,7 +294,6 @@ class ServerFactory(protocol.ServerFactory):
     def _admit(self, connection: Connection[Any]) -> None:
         """Take a slot."""
         self._live[connection.id] = connection
-        self.counters.accepted += 1
         if len(self._live) >= self._max_connections:
             self._warn_at_limit()
 
@@ -325,6 +328,7 @@ class ServerFactory(protocol.ServerFactory):
         ):
             connection = self._held.popleft()
             self._admit(connection)
+            self.counters.accepted += 1
             self._starts.add(connection)
         self._on_place()
 
@@ -386,7 +390,7 @@ class ServerFactory(protocol.ServerFactory):
         for connection in list(self._live.values()):
             closed.append(connection.when_socket_closed.wait())
             connection.close_now()
-        return gatherResults(closed).addCallback(_nothing)
+        return all_of(closed)
 
     def cancel_handlers(self) -> None:
         """Cancel every handler that still runs."""

@@ -10,7 +10,7 @@ drops (a dropped client needs no slot) or has a free slot. Everything that may
 change this calls :meth:`Gate.update`.
 
 This file and :mod:`tcpsvc.port` are the only ones that know the inside of
-:class:`twisted.internet.tcp.Port` (Twisted 24.3 to 26.10: ``doRead``,
+:class:`twisted.internet.tcp.Port` (Twisted 24.7 to 26.10: ``doRead``,
 ``socket``, ``sessionno``, ``transport``, ``factory``, ``_buildAddr``).
 """
 

@@ -130,6 +130,8 @@ class ProtocolConnection(Connection[AddressT]):
         if self._is_held:
             transport.pauseProducing()
             self._factory.connected(self)
+        elif self._factory.is_closed:
+            self.refuse()
         else:
             self._connect()
 
@@ -151,18 +153,20 @@ class ProtocolConnection(Connection[AddressT]):
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
+        self._is_delivering = True
         try:
             self._protocol.dataReceived(data)
         except BaseException:
             self._failed()
+        self._is_delivering = False
 
     def connectionLost(self, reason: Failure) -> None:
         """The protocol's end."""
         if self.when_socket_closed.has_happened:
             return
         self.socket_closed()
-        if self._protocol is None:
-            return
+        if self._handler_state != "running":
+            return  # The protocol has not heard of it.
         if self._closed_by_server:
             # TLS tells of a truncated stream; here it is we who cut it (spec P2).
             reason = Failure(ConnectionDone())
@@ -176,8 +180,7 @@ class ProtocolConnection(Connection[AddressT]):
             if ended_by is not None:
                 self.fail(ended_by)
             ended_by = raised
-        if self._handler_state == "running":
-            self.handler_ended(ended_by or self._error)
+        self.handler_ended(ended_by or self._error)
 
     def readConnectionLost(self) -> None:
         """The client's FIN, for an IHalfCloseableProtocol."""
@@ -218,11 +221,7 @@ class ProtocolConnection(Connection[AddressT]):
         if self.when_socket_closed.has_happened or self.transport is None:
             return
         self._closed_by_server = True
-        base = kernel.base_transport(self.transport)
-        lose = getattr(base, "connectionLost", None)
-        if lose is not None:
-            lose(Failure(ConnectionDone()))
-        else:
+        if not self._close_socket(self.transport):
             self.transport.loseConnection()
 
     def abort(self) -> None:

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, execute, gatherResults, maybeDeferred
+from twisted.internet.defer import Deferred, execute, maybeDeferred
 from twisted.internet.interfaces import IAddress, IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from tcpsvc._waiters import Event
+from tcpsvc._waiters import Event, all_of
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import Gate, can_gate
@@ -433,11 +433,7 @@ class Server(Generic[AddressT, ListeningOnT]):
         self._close_port()
         if not close_existing_connections:
             return self.close_finished()
-        both = gatherResults(
-            [self._factory.close_connections(), self.close_finished()],
-            consumeErrors=True,
-        )
-        return both.addCallback(lambda _: None)
+        return all_of([self._factory.close_connections(), self.close_finished()])
 
     def close_finished(self) -> Deferred[None]:
         """

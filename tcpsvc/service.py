@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tcpsvc._waiters import Event
+from tcpsvc._waiters import Event, all_of
 from tcpsvc.drain import Drain
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
@@ -237,8 +237,7 @@ class TcpService(Service):
         elif bound is not None:
             assert self.server is not None
             self._drain(self.server)
-        drains = [drain.when_done() for drain in self._drains]
-        return gatherResults(drains, consumeErrors=True).addCallback(lambda _: None)
+        return all_of([drain.when_done() for drain in self._drains])
 
     def _drain(self, server: Server[Any, Any]) -> None:
         drain = Drain(server, self._drain_timeout)

@@ -128,7 +128,9 @@ class StreamConnection(Connection[AddressT]):
     def dataReceived(self, data: bytes) -> None:
         """Bytes have arrived: buffer them, or discard them while closing."""
         if self._phase is _OPEN:
+            self._is_delivering = True
             self.reader.data_received(data)
+            self._is_delivering = False
         else:
             self._discarded += len(data)
 
@@ -165,8 +167,12 @@ class StreamConnection(Connection[AddressT]):
         if not self._has_flow_control:
             # What registerProducer calls at once tells that it calls at all.
             self._has_flow_control = True
-        elif not self._waits_for_handshake:
+            return
+        if not self._waits_for_handshake:
             self.writer.resume()
+        if getattr(self._base, "disconnecting", False):
+            # TLS has ended the connection by itself.
+            self._shut_off_producer()
 
     def stopProducing(self) -> None:
         """
@@ -206,6 +212,8 @@ class StreamConnection(Connection[AddressT]):
         if self.when_socket_closed.has_happened:
             return
         self._closed_by_server = True
+        if self._base is None:
+            return  # Closed at makeConnection, which is still to come.
         self._close_orderly()
         # Where the transport closes later, the streams end now all the same.
         self.writer.gone()
@@ -339,17 +347,8 @@ class StreamConnection(Connection[AddressT]):
             self._base.unregisterProducer()
 
     def _close_orderly(self) -> None:
-        """
-        Close the socket at once, by ``shutdown`` and ``close``: of Twisted's
-        ways only ``connectionLost`` does that (``loseConnection`` first flushes,
-        ``abortConnection`` resets).
-        """
-        lose = getattr(self._base, "connectionLost", None)
-        if self._is_being_lost:
-            return
-        if lose is not None:
-            lose(Failure(ConnectionDone()))
-        else:
+        """Close the socket, unless that is what is going on."""
+        if not self._is_being_lost and not self._close_socket(self.transport):
             self._shut_off_producer()
             self.transport.loseConnection()
 

@@ -555,6 +555,33 @@ async def test_pending_waits_of_a_handler_end(serve: Any, connect: Any) -> None:
 
 
 @ensureDeferred
+async def test_a_handler_that_hears_of_the_reset_cannot_write_any_more(
+    serve: Any, connect: Any
+) -> None:
+    """S4, S8: by the time consumer_left fires, drain and flushed say ConnectionGone;
+    so a handler that goes on at once does end."""
+    ends: list[Any] = []
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        await writer.consumer_left()
+        writer.write(b"into the void")
+        ends.append(writer.bytes_to_write)
+        for wait in (writer.drain, writer.flushed):
+            try:
+                ends.append(await wait())
+            except ConnectionGone:
+                ends.append("gone")
+
+    server = await serve(handler)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await settle()
+    client.reset()
+    await until(lambda: server.num_connections == 0)
+    assert ends == [0, "gone", "gone"]
+
+
+@ensureDeferred
 async def test_a_connection_in_its_final_flush_is_closed_too(
     serve: Any, connect: Any
 ) -> None:

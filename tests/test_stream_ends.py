@@ -377,7 +377,7 @@ async def test_the_flush_of_an_own_close_may_be_overtaken(scene: Any, end: End) 
     if end is age_limit:
         # Before it is 5 s without progress, so that it is the age.
         for _ in range(3):
-            await in_thread(s.client.read, 5_000_000)
+            await in_thread(s.client.read, 2_000_000)
             for _ in range(4):
                 s.clock.advance(1)
                 await turn(0.001)

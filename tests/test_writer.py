@@ -611,11 +611,15 @@ async def test_close_from_a_flushed_callback_closes_once(scene: Any) -> None:
     """S5, S8: from inside of the transport's write; the slot is kept."""
     s = await scene()
     s.writer.write(b"all")
-    for _ in range(2):
-        s.writer.flushed().addCallback(lambda _: s.writer.close())
+    flushing = [
+        outcome(s.writer.flushed().addCallback(lambda _: s.writer.close()))
+        for _ in range(3)
+    ]
     assert await in_thread(s.client.read_all) == b"all"
     s.client.close()
     await ended(outcome(s.writer.close_finished()))
+    # All had been taken before the first of them closed it.
+    assert flushing == [[None]] * 3
     assert s.server.num_connections == 1
 
 
