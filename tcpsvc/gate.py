@@ -28,6 +28,7 @@ from twisted.python.failure import Failure
 from tcpsvc.counters import Counters
 from tcpsvc.kernel import close_orderly
 from tcpsvc.options import Settings
+from tcpsvc.transport import counting
 
 #: The process or the host has run out of something that will come back.
 EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -90,6 +91,8 @@ class Gate:
         self._in_episode = False
         self._is_open = False
         port.doRead = self.accept_batch
+        if isinstance(port.transport, type):
+            port.transport = counting(port.transport)
 
     def open(self) -> None:
         """Begin to accept."""

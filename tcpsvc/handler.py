@@ -101,8 +101,7 @@ def report_error(
         _log.debug(
             "handler of {peer} failed, ignored: {error}",
             peer=address,
-            error=failure.getErrorMessage(),
-            ignored_failure=failure,
+            error=repr(failure.value),
         )
         return succeed(None)
     assert not isinstance(policy, str)

@@ -121,6 +121,8 @@ class StreamConnection(Connection[AddressT]):
         if self._socket is not None or hasattr(base, "registerProducer"):
             # The lowest transport is asked: only there "sent" means what it says.
             base.registerProducer(self, False)
+        if base is transport and hasattr(base, "total_sent"):
+            base.on_sent = self._some_sent
         if self._is_held:
             self.pause_reading()
         self._factory.connected(self)
@@ -154,12 +156,14 @@ class StreamConnection(Connection[AddressT]):
         """The socket is closed."""
         if self.when_socket_closed.has_happened:
             return
+        # First everything is as it will be, then whoever waits is told.
+        self.writer.gone()
         self.socket_closed()
         if not self._closed_by_server and not reason.check(
             ConnectionDone, ConnectionAborted
         ):
             self.writer.consumer_has_left()
-        self.writer.gone()
+        self.writer.tell_gone()
         self.reader.feed_eof()
 
     def resumeProducing(self) -> None:
@@ -173,6 +177,10 @@ class StreamConnection(Connection[AddressT]):
         if getattr(self._base, "disconnecting", False):
             # TLS has ended the connection by itself.
             self._shut_off_producer()
+
+    def _some_sent(self) -> None:
+        if not self.when_socket_closed.has_happened:
+            self.writer.taken(self._base.total_sent)
 
     def stopProducing(self) -> None:
         """
@@ -216,8 +224,7 @@ class StreamConnection(Connection[AddressT]):
             return  # Closed at makeConnection, which is still to come.
         self._close_orderly()
         # Where the transport closes later, the streams end now all the same.
-        self.writer.gone()
-        self.reader.feed_eof()
+        self._end_streams()
 
     def abort(self) -> None:
         """Close with a reset."""
@@ -225,9 +232,13 @@ class StreamConnection(Connection[AddressT]):
             return
         self._aborted = True
         self._closed_by_server = True
-        self.writer.gone()
-        self.reader.feed_eof()
         self.transport.abortConnection()
+        self._end_streams()
+
+    def _end_streams(self) -> None:
+        self.writer.gone()
+        self.writer.tell_gone()
+        self.reader.feed_eof()
 
     def _finish(self) -> None:
         self._begin_to_close(self._factory.settings.flush_timeout)
@@ -272,11 +283,10 @@ class StreamConnection(Connection[AddressT]):
         """Whether the transport is ready for bytes at all."""
         return self.transport is not None and not self._waits_for_handshake
 
-    def write_to_transport(self, data: bytes) -> None:
-        """Hand bytes on."""
+    def write_to_transport(self, data: bytes) -> bool:
+        """Hand bytes on. A transport without flow control has taken them."""
         self.transport.write(data)
-        if not self._has_flow_control:
-            self.writer.taken_at_once(len(data))
+        return not self._has_flow_control
 
     def all_taken(self) -> None:
         """The kernel has all that was written: what waited for that goes on."""
@@ -315,7 +325,6 @@ class StreamConnection(Connection[AddressT]):
             return
         self._phase = _FLUSHING
         self._flush_timeout = timeout
-        self.reader.feed_eof()
         # Input is read and discarded from now on: a client that sends all it has
         # before it reads anything would otherwise never come to read.
         self.resume_reading()
@@ -323,6 +332,8 @@ class StreamConnection(Connection[AddressT]):
             self._flush_done()
         if not self.when_socket_closed.has_happened:
             self._progress = (self._taken_by_client(), self.watch())
+        # Last, since whoever reads may do anything now.
+        self.reader.feed_eof()
 
     def _flush_done(self) -> None:
         self._shut_off_producer()

@@ -46,8 +46,8 @@ class Output(Protocol):
     def may_write(self) -> bool:
         """Whether the transport is ready for bytes at all."""
 
-    def write_to_transport(self, data: bytes) -> None:
-        """Hand bytes on."""
+    def write_to_transport(self, data: bytes) -> bool:
+        """Hand bytes on. Returns whether they count as taken at once."""
 
     def all_taken(self) -> None:
         """The kernel has all that was written."""
@@ -88,9 +88,9 @@ class Writer:
         "_offset",
         "_queue",
         "_state",
+        "_passed",
         "bytes_taken",
         "bytes_written",
-        "in_transport",
     )
 
     def __init__(self, connection: Output, limit: int) -> None:
@@ -100,8 +100,9 @@ class Writer:
         self._is_gone = False
         self._queue: deque[bytes] = deque()
         self._offset = 0
-        self.in_transport = 0
         self.bytes_written = 0
+        #: Of these the transport was given so many, and the kernel took so many.
+        self._passed = 0
         self.bytes_taken = 0
         self._flushing: list[tuple[int, Deferred[None]]] = []
         self._draining: list[Deferred[None]] = []
@@ -132,14 +133,15 @@ class Writer:
         self.bytes_written += len(data)
         if not self._marks:
             self._mark()
-        if self._queue or len(data) > CHUNK - self.in_transport:
+        if (
+            self._queue
+            or len(data) > CHUNK - (self._passed - self.bytes_taken)
+            or not self._connection.may_write()
+        ):
             self._queue.append(data)
             self._feed()
-        elif self._connection.may_write():
-            self.in_transport += len(data)
-            self._connection.write_to_transport(data)
         else:
-            self._queue.append(data)
+            self._pass(data)
 
     def writelines(self, lines: Iterable[bytes]) -> None:
         """Write several pieces of bytes as one (spec S5)."""
@@ -157,7 +159,7 @@ class Writer:
         """
         self._check()
         if self.bytes_to_write > self._limit:
-            waiter: Deferred[None] = Deferred(self._draining.remove)
+            waiter: Deferred[None] = Deferred(self._drain_cancelled)
             self._draining.append(waiter)
             await waiter
 
@@ -175,10 +177,7 @@ class Writer:
             return succeed(None)
         target = self.bytes_written
 
-        def cancel(waiter: Deferred[None]) -> None:
-            self._flushing.remove((target, waiter))
-
-        waiter: Deferred[None] = Deferred(cancel)
+        waiter: Deferred[None] = Deferred(self._flush_cancelled)
         self._flushing.append((target, waiter))
         return waiter
 
@@ -275,11 +274,13 @@ class Writer:
 
     def resume(self) -> None:
         """The transport has sent all it was given."""
+        self.taken(self._passed)
+
+    def taken(self, total: int) -> None:
+        """The kernel has taken so many of the bytes that the transport was given."""
         if self._is_gone:
             return
-        if self.in_transport:
-            self.bytes_taken += self.in_transport
-            self.in_transport = 0
+        self.bytes_taken = max(self.bytes_taken, min(total, self._passed))
         self._feed()
         self._tell_waiters()
         if not self.bytes_to_write:
@@ -291,11 +292,12 @@ class Writer:
 
     def gone(self) -> None:
         """The connection is closed: nothing can be sent any more."""
-        if self._is_gone:
-            return
         self._is_gone = True
         self._queue.clear()
         self._marks.clear()
+
+    def tell_gone(self) -> None:
+        """Who waits is told that the connection is gone."""
         # One by one: the first to be told may cancel the next.
         while self._draining:
             self._draining.pop(0).errback(self._gone_error())
@@ -320,11 +322,6 @@ class Writer:
         self._age_error.connection = self._connection
         return self._age_error
 
-    def taken_at_once(self, size: int) -> None:
-        """A transport without flow control has taken what it was just given."""
-        self.in_transport -= size
-        self.bytes_taken += size
-
     # The buffer.
 
     def _mark(self) -> None:
@@ -334,8 +331,10 @@ class Writer:
     def _feed(self) -> None:
         """Give the transport the next chunk, if it has room."""
         queue = self._queue
-        while queue and self.in_transport < CHUNK and self._connection.may_write():
-            room = CHUNK - self.in_transport
+        while queue and self._connection.may_write():
+            room = CHUNK - (self._passed - self.bytes_taken)
+            if not room:
+                break
             first = queue[0]
             if not self._offset and len(first) <= room:
                 piece = queue.popleft()
@@ -345,14 +344,32 @@ class Writer:
                 if self._offset == len(first):
                     queue.popleft()
                     self._offset = 0
-            self.in_transport += len(piece)
-            self._connection.write_to_transport(piece)
+            self._pass(piece)
+
+    def _pass(self, data: bytes) -> None:
+        self._passed += len(data)
+        if self._connection.write_to_transport(data):
+            self.bytes_taken = self._passed
 
     def _tell_waiters(self) -> None:
-        while self._flushing and self._flushing[0][0] <= self.bytes_taken:
-            self._flushing.pop(0)[1].callback(None)
-        while self._draining and self.bytes_to_write <= self._limit:
-            self._draining.pop(0).callback(None)
+        if not self._flushing and not self._draining:
+            return
+        # All at once: the first to be told may end the connection, which makes
+        # nothing undone that the others wait for.
+        told = [waiter for end, waiter in self._flushing if end <= self.bytes_taken]
+        del self._flushing[: len(told)]
+        if self.bytes_to_write <= self._limit:
+            told += self._draining
+            self._draining.clear()
+        for waiter in told:
+            if not waiter.called:
+                waiter.callback(None)
+
+    def _flush_cancelled(self, waiter: Deferred[None]) -> None:
+        self._flushing = [entry for entry in self._flushing if entry[1] is not waiter]
+
+    def _drain_cancelled(self, waiter: Deferred[None]) -> None:
+        self._draining = [other for other in self._draining if other is not waiter]
 
     def _check(self) -> None:
         if self._state is _CLOSED:

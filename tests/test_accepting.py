@@ -87,9 +87,7 @@ def handlers() -> Handlers:
 
 def queued(server: Any) -> int:
     """How many clients wait in the kernel: TCP_INFO of a listening socket."""
-    info = server.listening_socket.getsockopt(
-        socket.IPPROTO_TCP, socket.TCP_INFO, 104
-    )
+    info = server.listening_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return int.from_bytes(info[24:28], sys.byteorder)
 
 
@@ -905,8 +903,7 @@ async def test_a_socket_that_is_not_yet_closed_keeps_its_slot(
     server = await serve(handler, max_connections=1, clock=Clock())
     first = connect(server)
     await until(
-        lambda: [c["handler"] for c in server.describe()["connections"]]
-        == ["finished"]
+        lambda: [c["handler"] for c in server.describe()["connections"]] == ["finished"]
     )
     connect(server)
     await settle()

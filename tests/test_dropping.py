@@ -127,9 +127,7 @@ async def test_existing_connections_go_on_while_dropping(
 
 
 @ensureDeferred
-async def test_dropping_is_for_every_kind_of_handler(
-    serve: Any, connect: Any
-) -> None:
+async def test_dropping_is_for_every_kind_of_handler(serve: Any, connect: Any) -> None:
     """D1: create_sock and create_protocol; buildProtocol is not even asked."""
     asked: list[Any] = []
 

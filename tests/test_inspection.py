@@ -189,7 +189,8 @@ async def test_every_public_object_has_a_one_line_repr(
     ]
     for one in objects:
         assert is_one_line(repr(one)), repr(one)
-        assert " object at 0x" not in repr(one) or one is objects[8], repr(one)
+        # Not the default one, though an endpoint of Twisted's may have it.
+        assert type(one).__repr__ is not object.__repr__
     await server.close()
     held.told.callback(None)
     assert is_one_line(repr(server)) and "closed" in repr(server)

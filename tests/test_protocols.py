@@ -781,16 +781,18 @@ async def test_a_web_site_is_served(
             web.close()
         return answers
 
-    assert await in_thread(ask) == [(200, b"hello /a"), (200, b"300000"), (200, b"hello /b")]
+    assert await in_thread(ask) == [
+        (200, b"hello /a"),
+        (200, b"300000"),
+        (200, b"hello /b"),
+    ]
     await until(lambda: server.num_connections == 0)
     assert server.describe()["counters"]["accepted"] == 1
     assert errors.seen == []
 
 
 @ensureDeferred
-async def test_a_web_site_keeps_to_the_limit(
-    serve_protocol: Any, connect: Any
-) -> None:
+async def test_a_web_site_keeps_to_the_limit(serve_protocol: Any, connect: Any) -> None:
     """P, A1: requests beyond it wait, and are answered."""
     server = await serve_protocol(Site(Hello()), max_connections=2)
     peak = []
