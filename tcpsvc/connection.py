@@ -38,6 +38,9 @@ from tcpsvc.options import Settings
 
 AddressT = TypeVar("AddressT")
 
+# Not an attribute: that would put the connection into every event as its source.
+_log = Logger(namespace="tcpsvc")
+
 
 class Owner(Protocol):
     """What a connection asks, and whom it tells: the factory."""
@@ -74,8 +77,6 @@ class Connection(Generic[AddressT]):
     :ivar id: a number of its own within the factory, from 1 on.
     :ivar peer: the client's address.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     __slots__ = (
         "__weakref__",
@@ -180,7 +181,7 @@ class Connection(Generic[AddressT]):
             self._handler_state = "failed"
             self._error_reported = True
             counters.failed += 1
-            self._log.critical(
+            _log.critical(
                 "handler of {peer} raised {kind}: stopping the reactor",
                 peer=self.peer,
                 kind=type(failure.value).__name__,
@@ -191,7 +192,7 @@ class Connection(Generic[AddressT]):
         elif self._is_ordinary_end(failure):
             self._handler_state = "left"
             counters.left += 1
-            self._log.debug(
+            _log.debug(
                 "handler of {peer} left with {error}",
                 peer=self.peer,
                 error=repr(failure.value),
@@ -233,7 +234,7 @@ class Connection(Generic[AddressT]):
         if failure.value is self._error.value:
             return
         self._factory.counters.later_errors += 1
-        self._log.failure(
+        _log.failure(
             "a further error of the handler of {peer}", failure=failure, peer=self.peer
         )
 

@@ -29,6 +29,7 @@ from twisted.internet.interfaces import (
     IPullProducer,
     ISSLTransport,
 )
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -38,6 +39,8 @@ from tcpsvc.reader import Reader
 from tcpsvc.writer import Writer
 
 StreamHandler = Callable[[AddressT, Reader, Writer], object]
+
+_log = Logger(namespace="tcpsvc")
 
 #: How long a client may take no byte after the handler's own close, in seconds.
 OWN_CLOSE_TIMEOUT = 5.0
@@ -388,7 +391,7 @@ class StreamConnection(Connection[AddressT]):
         if self.is_running:
             self.fail_at_once(Failure(error))
         else:
-            self._log.warn(
+            _log.warn(
                 "closing {peer} during its final flush: {error}",
                 peer=self.peer,
                 error=str(error),
@@ -413,7 +416,7 @@ class StreamConnection(Connection[AddressT]):
             self._progress = (taken, now)
         elif now - since >= self._flush_timeout:
             self._factory.counters.aborted += 1
-            self._log.info(
+            _log.info(
                 "aborting {peer}: it has taken no byte for {seconds:g} s while its "
                 "connection was to close",
                 peer=self.peer,
