@@ -89,6 +89,7 @@ class Connection(Generic[AddressT]):
         "_handler_state",
         "_is_delivering",
         "_is_released",
+        "_is_closed_with_the_server",
         "_running",
         "id",
         "peer",
@@ -104,6 +105,7 @@ class Connection(Generic[AddressT]):
         self._running: Deferred[object] | None = None
         self._handler_cancelled = False
         self._closed_by_server = False
+        self._is_closed_with_the_server = False
         self._error: Failure | None = None
         self._error_reported = False
         self._is_released = False
@@ -163,6 +165,11 @@ class Connection(Generic[AddressT]):
         else:
             lose(Failure(ConnectionDone()))
         return True
+
+    def close_existing(self) -> None:
+        """The server closes its existing connections (spec X3)."""
+        self._is_closed_with_the_server = True
+        self.close_now()
 
     def forget(self) -> None:
         """It never gets a transport: there is nothing to close."""
@@ -262,7 +269,7 @@ class Connection(Generic[AddressT]):
         if isinstance(error, ConnectionGone):
             return getattr(error, "connection", None) is self
         if isinstance(error, asyncio.IncompleteReadError):
-            return self._closed_by_server
+            return self._is_closed_with_the_server
         return False
 
     # What is known of it.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet import protocol
@@ -389,7 +389,7 @@ class ServerFactory(protocol.ServerFactory):
         closed = []
         for connection in list(self._live.values()):
             closed.append(connection.when_socket_closed.wait())
-            connection.close_now()
+            connection.close_existing()
         return all_of(closed)
 
     def cancel_handlers(self) -> None:
@@ -484,7 +484,9 @@ class ServerFactory(protocol.ServerFactory):
         }
 
     def _describe_options(self) -> dict[str, Any]:
-        options = asdict(self.settings)
+        options = {
+            f.name: getattr(self.settings, f.name) for f in fields(self.settings)
+        }
         options["max_connections"] = self._max_connections
         policy = options["on_handler_error"]
         if not isinstance(policy, str):

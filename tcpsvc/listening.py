@@ -84,7 +84,10 @@ def listen_on_endpoint(
             error = ValueError(
                 f"endpoint={str(where)!r} does not hand out plain sockets: use create"
             )
-            close_at_once(port)
+            try:
+                close_at_once(port)
+            except Exception:
+                _log.failure("closing an unwanted port failed")
             failed(Failure(error))
         else:
             if can_gate(port):

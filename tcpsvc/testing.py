@@ -194,9 +194,9 @@ class MemoryTransport:
 
     def deliver(self) -> None:
         """Give the client what is unsent, if it reads."""
-        if not self.connected or not self._client.is_reading:
+        if not self.connected:
             return
-        if self._unsent:
+        if self._unsent and self._client.is_reading:
             data = bytes(self._unsent)
             self._unsent.clear()
             self._client._received += data
@@ -223,7 +223,11 @@ class MemoryTransport:
         self._read()
 
     def receive_reset(self) -> None:
-        """The client has sent RST."""
+        """The client has sent RST: what came before it is read first."""
+        while self._unread and self.connected:
+            data = bytes(self._unread[:65536])
+            del self._unread[:65536]
+            self.protocol.dataReceived(data)
         self.connectionLost(Failure(ConnectionLost()))
 
     def _read(self) -> None:

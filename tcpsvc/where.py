@@ -41,6 +41,13 @@ LOCALHOST: Final = "127.0.0.1"
 CHOSEN_BY_OS: Final = 0
 
 
+def one_line(text: str) -> str:
+    """A text with what does not print escaped: a path may hold a newline."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def address_text(address: object) -> str:
     """An address as people write it: ``127.0.0.1:80``, ``[::1]:80``, ``unix:/p``."""
     if isinstance(address, IPv4Address):
@@ -48,7 +55,7 @@ def address_text(address: object) -> str:
     if isinstance(address, IPv6Address):
         return f"[{address.host}]:{address.port}"
     if isinstance(address, UNIXAddress):
-        return f"unix:{os.fsdecode(address.name)}" if address.name else "unix:"
+        return f"unix:{one_line(os.fsdecode(address.name or b''))}"
     return str(address)
 
 
@@ -268,7 +275,9 @@ class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
         return cast(ListeningOnT, address)
 
 
-def _take_given(given: socket.socket, family: int) -> None:
+def _check_given(given: socket.socket, family: int) -> None:
+    if not isinstance(given, socket.socket):
+        raise TypeError(f"socket={given!r} is not a socket.socket")
     if given.family != family or given.type != socket.SOCK_STREAM:
         raise ValueError(
             f"socket={given!r} does not fit: a stream socket of family "
@@ -313,7 +322,7 @@ class _Inet(SocketPlace[InetAddress, int]):
             )
             return ListeningSocket(made, maps_ipv4=self.dual_stack)
         try:
-            _take_given(given, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+            _check_given(given, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
             listen_on_given(given, inet_sockaddr(self.host, self.port), backlog)
             return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
         except BaseException:
@@ -349,7 +358,7 @@ class _Unix(SocketPlace[UNIXAddress, str]):
             )
             return ListeningSocket(made, path=bound)
         try:
-            _take_given(given, socket.AF_UNIX)
+            _check_given(given, socket.AF_UNIX)
             path = os.path.abspath(self.path)
             check_unix_path(path)
             bound_path = listen_on_given(given, path, backlog, self.mode)
@@ -362,7 +371,7 @@ class _Unix(SocketPlace[UNIXAddress, str]):
         return self.path
 
     def __str__(self) -> str:
-        return f"unix:{self.path}"
+        return f"unix:{one_line(self.path)}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -451,4 +460,6 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
             ) from error
 
     def __str__(self) -> str:
-        return self.endpoint if isinstance(self.endpoint, str) else repr(self.endpoint)
+        if isinstance(self.endpoint, str):
+            return one_line(self.endpoint)
+        return repr(self.endpoint)

@@ -82,6 +82,7 @@ class Handlers:
 
 @pytest.fixture
 def handlers() -> Handlers:
+    """The handlers of the test."""
     return Handlers()
 
 
@@ -470,6 +471,7 @@ async def test_create_says_when_it_cannot_gate_a_port(
 
 
 def bare(handlers: Any, **options: Any) -> ServerFactory:
+    """A factory that listens on a port of somebody else's."""
     return ServerFactory.of_streams(handlers, on_handler_error="ignore", **options)
 
 
@@ -1134,7 +1136,7 @@ async def test_an_accept_that_always_fails_does_not_hold_the_reactor(
     server = await serve(handlers, clock=clock)
     watched.errors[:] = [errno.EPERM] * 10_000
     client = connect(server)
-    await until(lambda: clock.getDelayedCalls())
+    await until(clock.getDelayedCalls)
     assert len(watched.calls) < 10_000
     watched.errors[:] = [errno.EIO]
     clock.advance(0.05)
@@ -1247,6 +1249,7 @@ class Child:
 
 
 def exhaust(batch: int) -> None:
+    """Bring a child out of descriptors, and see what its clients see."""
     child = Child(batch)
     clients: list[socket.socket] = []
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
+from twisted.internet import defer
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.endpoints import TCP4ServerEndpoint
@@ -34,6 +35,7 @@ from tests.tls import client_context, make_certificate
 
 
 async def echo(address: Any, reader: Any, writer: Any) -> None:
+    """Answer each line."""
     async for line in reader:
         writer.write(line)
 
@@ -87,6 +89,7 @@ class Stuck:
 
 @pytest.fixture
 def stuck() -> Stuck:
+    """The handlers of the test."""
     return Stuck()
 
 
@@ -339,8 +342,6 @@ async def test_a_close_with_a_timeout_times_out_as_any_deferred(
     close_existing_connections: bool, serve: Any
 ) -> None:
     """X2: addTimeout cancels, and tells by the CancelledError."""
-    from twisted.internet.defer import TimeoutError
-
     endpoint = QuickEndpoint(stopping := Deferred())
     server = await serve(echo, where=WhereToListen.of_endpoint(endpoint))
     clock = Clock()
@@ -348,7 +349,7 @@ async def test_a_close_with_a_timeout_times_out_as_any_deferred(
     closing.addTimeout(1, clock)
     clock.advance(1)
     try:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(defer.TimeoutError):
             await closing
     finally:
         stopping.callback(None)
@@ -766,7 +767,9 @@ async def test_several_connections_end_in_any_order(serve: Any, connect: Any) ->
     await until(lambda: server.num_connections == 4)
     server.close()
     over = server.close_finished_and_handlers_determined()
-    for client, left in zip([clients[2], clients[0], clients[3]], [3, 2, 1]):
+    for client, left in zip(
+        [clients[2], clients[0], clients[3]], [3, 2, 1], strict=True
+    ):
         client.close()
         await until(lambda left=left: server.num_connections == left)
         assert not over.called
@@ -1120,7 +1123,7 @@ async def test_what_a_closed_server_still_answers(
     assert (server.listening_on_address, server.listening_on) == (address, port)
     assert server.num_connections == 1
     with pytest.raises(ServerClosed):
-        server.listening_socket
+        _ = server.listening_socket
     assert server.describe()["is_closed"] is True
     assert "closed" in repr(server)
     client.close()
@@ -1132,7 +1135,7 @@ async def test_what_a_closed_server_still_answers(
     assert unix.listening_on == str(tmp_path / "s")
     assert unix.listening_on_address.name == str(tmp_path / "s").encode()
     with pytest.raises(ServerClosed):
-        unix.listening_socket
+        _ = unix.listening_socket
 
 
 @ensureDeferred
@@ -1146,7 +1149,7 @@ async def test_a_closed_endpoint_server_still_answers(serve: Any) -> None:
     assert server.listening_on_address == address
     assert server.listening_on == address
     with pytest.raises(ServerClosed):
-        server.listening_socket
+        _ = server.listening_socket
     server.max_connections = 5
     server.set_drop_incoming_connections(True)
     server.invariant()

@@ -38,10 +38,12 @@ class Handler:
 
 @pytest.fixture
 def handler() -> Handler:
+    """The handlers of the test."""
     return Handler()
 
 
 def dropped(server: Any) -> int:
+    """How many clients were dropped."""
     count: int = server.describe()["counters"]["dropped"]
     return count
 
@@ -341,7 +343,8 @@ async def test_a_bare_factory_drops_its_held_clients(
     assert await echoes(clients[0])
     factory.set_drop_incoming_connections(False)
     clients[0].close()
-    assert await echoes(last := connect(port.getHost()))
+    last = connect(port.getHost())
+    assert await echoes(last)
     last.close()
     await until(lambda: factory.num_connections == 0)
     factory.invariant()

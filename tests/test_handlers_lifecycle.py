@@ -137,9 +137,7 @@ async def test_no_handler_starts_before_create_has_fired(
     @implementer(IStreamServerEndpoint)
     class Early:
         def listen(self, factory: Any) -> Deferred[Any]:
-            ports.append(
-                the_reactor().listenTCP(0, factory, interface="127.0.0.1")
-            )
+            ports.append(the_reactor().listenTCP(0, factory, interface="127.0.0.1"))
             return announce
 
     creating = Deferred.fromCoroutine(
@@ -1055,7 +1053,9 @@ def stops_as_deferred(error: BaseException) -> Any:
     return handler
 
 
-@pytest.mark.parametrize("kind", [stops_as_plain, stops_as_coroutine, stops_as_deferred])
+@pytest.mark.parametrize(
+    "kind", [stops_as_plain, stops_as_coroutine, stops_as_deferred]
+)
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
 @ensureDeferred
 async def test_what_stops_a_program_stops_the_reactor(

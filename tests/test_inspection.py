@@ -38,6 +38,7 @@ class Held:
 
 @pytest.fixture
 def held() -> Held:
+    """The handlers of the test."""
     return Held()
 
 
@@ -146,6 +147,7 @@ async def test_the_listening_socket_is_the_real_one(
 
 
 def is_one_line(text: str) -> bool:
+    """Whether a text is one line, and harmless on a terminal."""
     return bool(text) and len(text.splitlines()) == 1 and text.isprintable()
 
 

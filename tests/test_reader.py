@@ -627,7 +627,14 @@ async def test_an_over_long_line_of_a_client_can_be_skipped(
     client.send(b"first\n" + b"x" * 3500 + b"\n" + b"y" * 1000 + b"\n")
     client.shut()
     assert await in_thread(client.read_all) == b""
-    assert got == [b"first\n", 1000, 1000, 1000, b"x" * 500 + b"\n", b"y" * 1000 + b"\n"]
+    assert got == [
+        b"first\n",
+        1000,
+        1000,
+        1000,
+        b"x" * 500 + b"\n",
+        b"y" * 1000 + b"\n",
+    ]
 
 
 # S3

@@ -50,6 +50,7 @@ async def greet(address: Any, reader: Any, writer: Any) -> None:
 
 
 def option(listening: socket.socket, level: int, name: int) -> int:
+    """A socket's option."""
     return listening.getsockopt(level, name)
 
 
@@ -90,6 +91,7 @@ def failing(method: str, *numbers: int) -> type[socket.socket]:
 
 
 def make_with(monkeypatch: pytest.MonkeyPatch, kind: type[socket.socket]) -> Making:
+    """Have listening sockets be of a kind."""
     making = Making(kind)
     monkeypatch.setattr(tcpsvc.listening, "make_socket", making)
     return making
@@ -333,6 +335,7 @@ async def test_all_addresses_is_ipv4(serve: Any, connect: Any) -> None:
 
 
 def connect_to(connect: Any, host: str, port: int) -> Client:
+    """A client of a host's port, of whichever family."""
     kind = IPv6Address if ":" in host else IPv4Address
     client: Client = connect(kind("TCP", host, port))
     return client
@@ -955,6 +958,7 @@ async def test_a_given_dual_stack_socket_shows_ipv4_clients_as_ipv4(
 
 
 async def must_refuse(where: Any, given: socket.socket, kind: type) -> None:
+    """A given socket is refused, and closed."""
     before = sockets_open()
     number = given.fileno()
     with pytest.raises(kind):
@@ -1120,10 +1124,11 @@ async def test_a_descriptor_that_does_not_listen_is_refused(
 ) -> None:
     """W7, W8: a ValueError that names it; the caller's stays, no duplicate does."""
     one, other = socket.socketpair()
+    (tmp_path / "f").touch()
     made: Any = {
-        "file": lambda: open(tmp_path / "f", "w"),
-        "closed": lambda: open(tmp_path / "f", "w"),
-        "unbound": lambda: socket.socket(),
+        "file": (tmp_path / "f").open,
+        "closed": (tmp_path / "f").open,
+        "unbound": socket.socket,
         "datagram": lambda: socket.socket(type=socket.SOCK_DGRAM),
         "connected": lambda: one,
     }[what]()
