@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, WhereToListen
+from tcpsvc.kernel import base_transport
 from tests.support import Client, in_thread, turn, until
 from tests.tls import client_context, make_certificate
 
@@ -95,6 +96,13 @@ class Scene:
             for _ in range(5):
                 await turn(0.001)
         raise AssertionError(f"not within {most} s: {condition}")
+
+    def narrow(self) -> None:
+        """Make the kernel hold little; slow, where the client reads."""
+        self.client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        base_transport(self.writer.transport).getHandle().setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+        )
 
     async def full(self) -> None:
         """Wait until the kernel takes no more of what was written."""
@@ -198,7 +206,7 @@ async def test_no_handshake_within_the_flush_timeout_is_aborted(scene: Any) -> N
     s = await scene(handshake=False)
     s.writer.write(b"early")
     s.end.callback(None)
-    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 33
+    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 45
     with pytest.raises(ConnectionResetError):
         await in_thread(s.client.read_all)
 
@@ -335,6 +343,13 @@ async def test_there_is_no_half_close(scene: Any) -> None:
     assert await in_thread(s.client.read, 10) == b"still open"
 
 
+def send_close_notify(client: TLSClient) -> None:
+    """That alone; what the server has sent, or may answer, is not read."""
+    client.socket.setblocking(False)
+    with contextlib.suppress(OSError):
+        client.socket.unwrap()
+
+
 @pytest.mark.parametrize("way", ["unwrap", "close", "reset"])
 @ensureDeferred
 async def test_the_clients_close_ends_both_directions(scene: Any, way: str) -> None:
@@ -348,10 +363,12 @@ async def test_the_clients_close_ends_both_directions(scene: Any, way: str) -> N
 
     def leave() -> None:
         if way == "unwrap":
-            # close_notify alone; what we sent is not read before.
-            with pytest.raises((OSError, ssl.SSLError)):
-                s.client.socket.setblocking(False)
-                s.client.socket.unwrap()
+            send_close_notify(s.client)
+            raw = socket.socket(fileno=s.client.socket.detach())
+            raw.settimeout(10)
+            while raw.recv(1_000_000):
+                pass
+            raw.close()
         elif way == "reset":
             s.client.reset()
         else:
@@ -365,6 +382,22 @@ async def test_the_clients_close_ends_both_directions(scene: Any, way: str) -> N
     assert isinstance(outcome(s.writer.drain())[0], ConnectionGone)
     s.end.callback(None)
     await until(lambda: s.is_over)
+
+
+@ensureDeferred
+async def test_a_close_notify_ends_both_directions_though_its_sender_does_not_read(
+    scene: Any,
+) -> None:
+    """S10: the handler need not wait for the age limit to hear of it."""
+    s = await scene(buffer_age_limit=None)
+    s.narrow()
+    s.writer.write(MUCH)
+    flushing, reading = outcome(s.writer.flushed()), outcome(s.reader.read())
+    await s.full()
+    send_close_notify(s.client)
+    await s.seconds_until(lambda: flushing and reading, 40)
+    assert isinstance(flushing[0], ConnectionGone)
+    assert reading == [b""]
 
 
 @ensureDeferred
@@ -487,7 +520,7 @@ async def test_a_peer_that_ignores_close_notify_is_aborted(scene: Any) -> None:
     s = await scene()
     s.writer.write(b"bye")
     s.end.callback(None)
-    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 33
+    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 45
     assert s.clock.getDelayedCalls() == []
     raw = socket.socket(fileno=s.client.socket.detach())
     raw.settimeout(5)
@@ -502,7 +535,7 @@ async def test_after_its_own_close_such_a_peer_has_five_seconds(scene: Any) -> N
     s = await scene()
     closed = s.writer.close_finished()
     s.writer.close()
-    assert 5 <= await s.seconds_until(lambda: closed.called) <= 8
+    assert 5 <= await s.seconds_until(lambda: closed.called) <= 20
     assert s.server.num_connections == 1
     s.end.callback(None)
     assert s.is_over
@@ -512,20 +545,22 @@ async def test_after_its_own_close_such_a_peer_has_five_seconds(scene: Any) -> N
 async def test_a_peer_that_does_not_read_is_aborted(scene: Any) -> None:
     """H3: during the flush, after flush_timeout."""
     s = await scene()
+    s.narrow()
     s.writer.write(MUCH)
     await s.full()
     s.end.callback(None)
-    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 33
+    assert 30 <= await s.seconds_until(lambda: s.is_over) <= 45
 
 
 @ensureDeferred
 async def test_a_peer_that_does_not_read_meets_the_age_limit(scene: Any) -> None:
     """S6: closed at once, without waiting for its close_notify."""
     s = await scene(buffer_age_limit=10)
+    s.narrow()
     s.writer.write(MUCH)
     flushing = outcome(s.writer.flushed())
     await s.full()
-    assert 10 <= await s.seconds_until(lambda: s.writer.is_closed) <= 12
+    assert 10 <= await s.seconds_until(lambda: s.writer.is_closed) <= 13
     assert isinstance(flushing[0], BufferAgeLimitExceeded)
     assert s.errors == flushing
     assert outcome(s.writer.close_finished()) == [None]

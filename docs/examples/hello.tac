@@ -2,8 +2,7 @@ from hello import greet
 from twisted.application.service import Application
 
 import tcpsvc
-from tcpsvc import WhereToListen
-from tcpsvc.service import TcpService
+from tcpsvc import TcpService, WhereToListen
 
 application = Application("hello")
 service = TcpService(
