@@ -380,7 +380,14 @@ class StreamConnection(Connection[AddressT]):
         if limit is not None and age > limit:
             self._client_does_not_read(age, limit)
             return False
-        if self._phase is _OPEN:
+        if self._phase is _OPEN and getattr(self._base, "disconnecting", False):
+            # TLS has ended the connection by itself, behind what is still to be
+            # sent: the client's close ends both directions (spec S10).
+            self._phase = _LOSING
+            self._flush_timeout = self._factory.settings.flush_timeout
+            self._progress = (self._taken_by_client(), now)
+            self._end_streams()
+        elif self._phase is _OPEN:
             return bool(self.writer.bytes_to_write)
         self._look_for_progress(now)
         return not self.when_socket_closed.has_happened
