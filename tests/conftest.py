@@ -1,5 +1,11 @@
 """The fixtures of :mod:`tests.support`, for every test."""
 
-from tests.support import connect, logs, nothing_left_behind, serve
+from tests.support import (
+    connect,
+    logs,
+    nothing_left_behind,
+    serve,
+    what_is_imported_stays,
+)
 
-__all__ = ["connect", "logs", "nothing_left_behind", "serve"]
+__all__ = ["connect", "logs", "nothing_left_behind", "serve", "what_is_imported_stays"]

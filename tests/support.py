@@ -154,6 +154,13 @@ def leftovers(
     return left
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_stays() -> None:
+    """Each test collects its garbage: what the modules hold need not be looked at."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(logs: Logs) -> Iterator[None]:
     """

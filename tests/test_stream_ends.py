@@ -418,7 +418,7 @@ async def test_consumer_left_fires_when_sending_fails(scene: Any) -> None:
 @ends(own_close, reader_close, own_eof, client_fin, x3, age_limit, own_abort)
 @ensureDeferred
 async def test_consumer_left_does_not_fire_otherwise(scene: Any, end: End) -> None:
-    """S8, S4, consumer_left: –; not at FIN either."""
+    """S8, S4, consumer_left: never; not at FIN either."""
     s = await scene()
     left = s.writer.consumer_left()
     await end(s)
@@ -692,8 +692,7 @@ async def test_garbage_then_a_reset_in_mid_line(serve: Any, connect: Any) -> Non
     garbage = bytes(range(256)) * 100
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
-        async for line in reader:
-            got.append(line)
+        got.extend([line async for line in reader])
 
     server = await serve(handler, on_handler_error="raise")
     client = connect(server)

@@ -190,10 +190,10 @@ async def test_a_handler_that_ends_at_once_without_a_word_ends_cleanly(
     client = connect(server)
 
     def talk() -> None:
-        with pytest.raises(OSError):
+        # Nothing was promised: the handshake may not even end.
+        with contextlib.suppress(OSError):
             client.handshake()
-            client.read_all()
-            raise OSError("orderly")
+            assert client.read_all() == b""
 
     await in_thread(talk)
     await until(lambda: server.num_connections == 0)

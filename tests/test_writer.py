@@ -113,7 +113,7 @@ def in_memory(**options: Any) -> tuple[Any, StringTransportWithDisconnection]:
     return scene.writer, transport
 
 
-# S5: writing
+# Writing itself.
 
 
 def test_it_provides_its_interface() -> None:
@@ -122,7 +122,7 @@ def test_it_provides_its_interface() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"bytes", bytearray(b"bytes"), memoryview(b"bytes")], ids=lambda d: type(d)
+    "data", [b"bytes", bytearray(b"bytes"), memoryview(b"bytes")], ids=type
 )
 def test_what_is_bytes_like_is_written(data: Any) -> None:
     """S5: and is the writer's own from then on."""
@@ -197,7 +197,7 @@ async def test_bytes_to_write_are_those_the_kernel_has_not_taken(scene: Any) -> 
     assert s.writer.bytes_to_write == 0
 
 
-# S5: flushed
+# What flushed waits for (S5)
 
 
 @ensureDeferred
@@ -303,7 +303,7 @@ async def test_every_waiter_may_be_yielded(scene: Any) -> None:
     assert await ended(done) == "done"
 
 
-# S5: drain
+# What drain waits for (S5)
 
 
 @ensureDeferred
