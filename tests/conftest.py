@@ -5,7 +5,7 @@ from tests.support import (
     logs,
     nothing_left_behind,
     serve,
-    what_is_imported_stays,
+    what_is_there_stays,
 )
 
-__all__ = ["connect", "logs", "nothing_left_behind", "serve", "what_is_imported_stays"]
+__all__ = ["connect", "logs", "nothing_left_behind", "serve", "what_is_there_stays"]

@@ -154,9 +154,9 @@ def leftovers(
     return left
 
 
-@pytest.fixture(scope="session", autouse=True)
-def what_is_imported_stays() -> None:
-    """Each test collects its garbage: what the modules hold need not be looked at."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays() -> None:
+    """Each test collects its garbage: what was there before need not be looked at."""
     gc.collect()
     gc.freeze()
 

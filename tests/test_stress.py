@@ -129,7 +129,10 @@ class Hostile:
                     self._one()
                 except ConnectionRefusedError:
                     return
-                except (ConnectionError, BlockingIOError):
+                except TimeoutError:
+                    raise
+                except OSError:
+                    # Reset in the backlog: ENOTCONN, EPIPE, ECONNRESET, EAGAIN.
                     self.connected += 1
         finally:
             self._end_lingering(0)
