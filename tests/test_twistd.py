@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.endpoints import serverFromString
 
 import tcpsvc
 from tcpsvc import tap
@@ -460,12 +461,18 @@ def test_several_listeners_of_every_kind_at_once(
     pems.mkdir()
     # tls: looks for the name that the client asks for, and takes no address.
     pem = make_named_certificate(pems, "localhost")
+    tls_description = f"tls:{pems}:0:interface=127.0.0.1"
+    try:
+        serverFromString(the_reactor(), tls_description)
+    except ValueError:
+        # Twisted 24.7 has no tls: yet.
+        tls_description = f"ssl:0:privateKey={pem}:certKey={pem}:interface=127.0.0.1"
     child = start(
         *twistd(
             "-n", "tcpsvc", "--handler", "hands.obey",
             "--port", "0", "--port", "0", "--socket", "a.sock", "--socket", "b.sock",
             "--listen", "tcp:0:interface=127.0.0.1", "--listen", "unix:c.sock",
-            "--listen", f"tls:{pems}:0:interface=127.0.0.1",
+            "--listen", tls_description,
             "--listen", f"ssl:0:privateKey={pem}:certKey={pem}:interface=127.0.0.1",
         )
     )  # fmt: skip
