@@ -28,6 +28,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.python.reflect import safe_repr
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
@@ -159,8 +160,9 @@ class Connection(Generic[AddressT]):
         lose = getattr(base, "connectionLost", None)
         if lose is None:
             return False
-        if self._is_delivering and base is not transport:
-            # TLS does not stand it in the middle of its own dataReceived.
+        is_wrapped = base is not transport or getattr(base, "TLS", False)
+        if self._is_delivering and is_wrapped:
+            # TLS does not stand it while it calls us.
             self._factory.reactor.callLater(0, lose, Failure(ConnectionDone()))
         else:
             lose(Failure(ConnectionDone()))
@@ -176,6 +178,7 @@ class Connection(Generic[AddressT]):
         self._handler_state = "refused"
         self._factory.counters.refused += 1
         self.socket_closed()
+        self._release_if_over()
 
     def handler_ended(self, failure: Failure | None) -> None:
         """The handler has finished, with what it raised or ``None``."""
@@ -186,6 +189,13 @@ class Connection(Generic[AddressT]):
             counters.finished += 1
         elif failure.check(*STOPPING):
             self._handler_state = "failed"
+            if self._error is not None and self._error.value is not failure.value:
+                counters.later_errors += 1
+                _log.failure(
+                    "an error of the handler of {peer} before it stopped the reactor",
+                    failure=self._error,
+                    peer=self.peer,
+                )
             self._error_reported = True
             counters.failed += 1
             _log.critical(
@@ -202,7 +212,7 @@ class Connection(Generic[AddressT]):
             _log.debug(
                 "handler of {peer} left with {error}",
                 peer=self.peer,
-                error=repr(failure.value),
+                error=safe_repr(failure.value),
             )
         else:
             self._handler_state = "failed"
@@ -257,7 +267,11 @@ class Connection(Generic[AddressT]):
         """Cancel the handler's coroutine or Deferred, if it still runs."""
         if self._running is not None:
             self._handler_cancelled = True
-            self._running.cancel()
+            try:
+                self._running.cancel()
+            except Exception:
+                # A canceller of the handler's own; others are to be cancelled too.
+                _log.failure("cancelling the handler of {peer} failed", peer=self.peer)
 
     def _is_ordinary_end(self, failure: Failure) -> bool:
         """Whether what a handler raised is an ordinary end of it (spec H6)."""

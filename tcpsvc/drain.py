@@ -65,17 +65,16 @@ class Drain:
 
     def _wait(self) -> None:
         self._timer = None
-        remaining = self._server.num_connections
         waited = self._clock.seconds() - self._since
         if self._timeout is not None and waited >= self._timeout:
             self._close_connections(GRACE)
             return
-        if remaining:
+        if self._remaining():
             self._log.info(
-                "{address}: draining, {remaining} connections remain, "
+                "{address}: draining, {remaining} remain, "
                 "waited {waited:.0f} s of {timeout}",
                 address=address_text(self._server.listening_on_address),
-                remaining=remaining,
+                remaining=self._remaining(),
                 waited=waited,
                 timeout="any" if self._timeout is None else f"{self._timeout:g} s",
             )
@@ -89,30 +88,37 @@ class Drain:
         if not self._is_forced:
             self._is_forced = True
             self._log.warn(
-                "{address}: closing {remaining} connections that remain",
+                "{address}: closing {remaining} that remain",
                 address=address_text(self._server.listening_on_address),
-                remaining=self._server.num_connections,
+                remaining=self._remaining() or "0 connections",
             )
             self._server.close(close_existing_connections=True)
         if not self._when_done.has_happened:
             self._timer = self._clock.callLater(grace, self._cancel_handlers)
 
     def _cancel_handlers(self) -> None:
-        self._timer = None
         self._is_cancelled = True
+        self._timer = self._clock.callLater(GRACE, self._give_up)
         self._server.cancel_handlers()
-        if not self._when_done.has_happened:
-            self._timer = self._clock.callLater(GRACE, self._give_up)
 
     def _give_up(self) -> None:
         self._timer = None
         self._log.error(
-            "{address}: {remaining} handlers do not end, not even when cancelled; "
+            "{address}: {remaining} do not end, not even when cancelled; "
             "not waiting for them",
             address=address_text(self._server.listening_on_address),
-            remaining=self._server.num_connections,
+            remaining=self._remaining("handlers"),
         )
         self._when_done.happen()
+
+    def _remaining(self, what: str = "connections") -> str:
+        """What is waited for, for a line of the log; nothing when nothing is."""
+        remaining = []
+        if self._server.num_connections:
+            remaining.append(f"{self._server.num_connections} {what}")
+        if self._server.is_reporting_errors:
+            remaining.append("calls of on_handler_error")
+        return " and ".join(remaining)
 
     def _done(self, _: object) -> None:
         self._stop_timer()

@@ -18,9 +18,14 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet import protocol
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
-from twisted.internet.interfaces import IAddress, IProtocolFactory
+from twisted.internet.interfaces import (
+    IAddress,
+    IProtocolFactory,
+    IProtocolNegotiationFactory,
+)
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import alsoProvides
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
@@ -160,7 +165,13 @@ class ServerFactory(protocol.ServerFactory):
         def make(factory: ServerFactory, id: int, peer: Any) -> Connection[Any]:
             return ProtocolConnection(factory, id, peer, user_factory)
 
-        return cls(make, settings, user_factory=user_factory, **_times(options))
+        made = cls(make, settings, user_factory=user_factory, **_times(options))
+        if IProtocolNegotiationFactory.providedBy(user_factory):
+            # TLS asks the factory that it wraps which protocols it speaks (ALPN).
+            negotiating: Any = user_factory
+            made.acceptableProtocols = negotiating.acceptableProtocols  # type: ignore[attr-defined]
+            alsoProvides(made, IProtocolNegotiationFactory)
+        return made
 
     @classmethod
     def of_socks(
@@ -210,6 +221,11 @@ class ServerFactory(protocol.ServerFactory):
         self._place_found()
 
     @property
+    def is_reporting_errors(self) -> bool:
+        """Whether a call of ``on_handler_error`` has not ended yet."""
+        return self._failures.is_reporting
+
+    @property
     def is_dropping_incoming_connections(self) -> bool:
         """Whether each incoming connection is closed at once (spec D1)."""
         return self.is_dropping
@@ -235,6 +251,13 @@ class ServerFactory(protocol.ServerFactory):
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """A client was accepted: the protocol that serves, holds or ends it."""
         if self.is_closed:
+            self.counters.refused += 1
+            return Refuser()
+        if self.takes_sockets:
+            self._log.error(
+                "{peer} refused: only a tcpsvc.Server can serve a socket handler",
+                peer=addr,
+            )
             self.counters.refused += 1
             return Refuser()
         if self.is_dropping:
@@ -359,8 +382,10 @@ class ServerFactory(protocol.ServerFactory):
         """A handler raised ``SystemExit`` or ``KeyboardInterrupt`` (spec H7)."""
         if self.stopped_by is None:
             self.stopped_by = error
+        # A Clock in a test is no reactor that runs.
+        stop = getattr(self.reactor, "stop", _nothing)
         try:
-            self.reactor.stop()
+            stop()
         except ReactorNotRunning:
             pass
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -43,7 +43,10 @@ class Failures:
     def report(self, peer: Any, error: Failure) -> None:
         """A handler has failed: do as its owner chose."""
         self._pending += 1
-        done = report_error(self._policy, peer, error)
+        try:
+            done = report_error(self._policy, peer, error)
+        except BaseException:
+            done = fail(Failure())
         done.addErrback(self._close_for)
         done.addBoth(self._reported)
 

@@ -26,6 +26,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
+from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly
 from tcpsvc.options import Settings
 from tcpsvc.transport import counting
@@ -71,6 +72,8 @@ class Admission(Protocol):
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
     def forget_unconnected(self) -> None: ...
+
+    def stop_reactor(self, error: BaseException) -> None: ...
 
 
 class Gate:
@@ -149,13 +152,13 @@ class Gate:
 
     def _take(self, client: socket.socket, address: Any) -> None:
         port = self._port
-        if isinstance(address, tuple) and len(address) == 4 and address[3]:
-            # A link-local IPv6 peer: show the interface, as Twisted does.
-            host, _ = socket.getnameinfo(
-                address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-            )
-            address = (host, *address[1:])
         try:
+            if isinstance(address, tuple) and len(address) == 4 and address[3]:
+                # A link-local IPv6 peer: show the interface, as Twisted does.
+                host, _ = socket.getnameinfo(
+                    address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+                )
+                address = (host, *address[1:])
             if self._factory.takes_sockets:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
@@ -169,18 +172,22 @@ class Gate:
             transport = port.transport(
                 client, protocol, address, port, session, port.reactor
             )
-        except Exception:
+        except BaseException as error:
             # A wrapping factory failed, or its protocol: nobody has the socket.
-            self._log.failure("could not serve {peer}", peer=address)
-            self._factory.forget_unconnected()
+            self._failed(error, address)
             client.close()
             return
         try:
             protocol.makeConnection(transport)
-        except Exception:
-            self._log.failure("could not serve {peer}", peer=address)
+        except BaseException as error:
             transport.abortConnection()
-            self._factory.forget_unconnected()
+            self._failed(error, address)
+
+    def _failed(self, error: BaseException, address: Any) -> None:
+        self._log.failure("could not serve {peer}", peer=address)
+        self._factory.forget_unconnected()
+        if isinstance(error, STOPPING):
+            self._factory.stop_reactor(error)
 
     def _rest(self, error: OSError) -> None:
         if self._in_episode:

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IAddress
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.python.reflect import safe_repr
 
 _log = Logger(namespace="tcpsvc")
 
@@ -101,7 +102,7 @@ def report_error(
         _log.debug(
             "handler of {peer} failed, ignored: {error}",
             peer=address,
-            error=repr(failure.value),
+            error=safe_repr(failure.value),
         )
         return succeed(None)
     assert not isinstance(policy, str)

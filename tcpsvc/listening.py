@@ -80,6 +80,7 @@ def listen_on_endpoint(
     def listened(port: Any) -> None:
         if is_cancelled:
             close_at_once(port)
+            factory.close()  # It may have accepted already.
         elif needs_sockets and not (can_gate(port) and port.factory is factory):
             error = ValueError(
                 f"endpoint={str(where)!r} does not hand out plain sockets: use create"
@@ -95,6 +96,7 @@ def listen_on_endpoint(
             result.callback(port)
 
     def failed(failure: Failure) -> None:
+        factory.close()
         if not is_cancelled:
             result.errback(failure)
 

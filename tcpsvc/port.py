@@ -72,7 +72,12 @@ class _OpenedPort(tcp.Port):
         path = self._listening.path
         if path is not None:
             try:
-                path.unlink()
+                if not path.unlink():
+                    self._log.warn(
+                        "could not unlink {path}: it is gone, or out of reach of "
+                        "this process's root directory",
+                        path=path.path,
+                    )
             except OSError as error:
                 self._log.error(
                     "could not unlink {path}: {error}", path=path.path, error=error

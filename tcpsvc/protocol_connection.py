@@ -104,7 +104,7 @@ class ProtocolConnection(Connection[AddressT]):
         """
         try:
             protocol = self._user_factory.buildProtocol(self.peer)  # type: ignore[arg-type]
-        except Exception:
+        except BaseException:
             self.fail(Failure())
             protocol = Refuser()
         if protocol is None:
@@ -138,14 +138,13 @@ class ProtocolConnection(Connection[AddressT]):
     def start(self) -> None:
         """A slot is free for a connection that was held."""
         self._is_held = False
+        if self.when_socket_closed.has_happened:
+            self.forget()  # The client has left meanwhile.
+            return
         if not self.build():
             self._protocol = Refuser()
-        if not self.when_socket_closed.has_happened:
-            self.transport.resumeProducing()
-            self._connect()
-        else:
-            self._handler_state = "refused"
-            self._release_if_over()
+        self.transport.resumeProducing()
+        self._connect()
 
     def _connect(self) -> None:
         self._handler_state = "running"
@@ -153,12 +152,7 @@ class ProtocolConnection(Connection[AddressT]):
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
-        self._is_delivering = True
-        try:
-            self._protocol.dataReceived(data)
-        except BaseException:
-            self._failed()
-        self._is_delivering = False
+        self._guard(self._protocol.dataReceived, data)
 
     def connectionLost(self, reason: Failure) -> None:
         """The protocol's end."""
@@ -205,10 +199,13 @@ class ProtocolConnection(Connection[AddressT]):
         return type(self._protocol).__name__
 
     def _guard(self, method: Any, *args: Any) -> None:
+        self._is_delivering = True
         try:
             method(*args)
         except BaseException:
             self._failed()
+        finally:
+            self._is_delivering = False
 
     def _failed(self) -> None:
         """The protocol raised: its first error counts, its connection ends."""

@@ -237,7 +237,9 @@ class Reader:
     # For the connection.
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have arrived."""
+        """Bytes have arrived. After EOF nothing counts (TLS may hold some back)."""
+        if self.has_eof:
+            return
         self.bytes_read += len(data)
         self._buffer += data
         if self._waiter is not None and len(self._buffer) >= self._wake_at:

@@ -29,6 +29,7 @@ from tcpsvc.interfaces import IServer
 from tcpsvc.listening import close_at_once, listen_now, listen_on_endpoint
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.reader import Reader
+from tcpsvc.sockets import close_given
 from tcpsvc.where import (
     AddressT,
     EndpointPlace,
@@ -295,8 +296,7 @@ class Server(Generic[AddressT, ListeningOnT]):
             if not isinstance(where, SocketPlace):
                 raise TypeError(f"where={where!r} is not a WhereToListen")
         except BaseException:
-            if given is not None:
-                given.close()
+            close_given(given)
             raise
         return cls(where, factory, listen_now(where, factory, given))
 
@@ -309,7 +309,7 @@ class Server(Generic[AddressT, ListeningOnT]):
     ) -> Server[AddressT, ListeningOnT]:
         given = options.get("socket")
         if given is not None:
-            given.close()
+            close_given(given)
             raise ValueError(f"socket={given!r} with an endpoint, which has its own")
         factory = make_factory(**options)
         factory.hold_starts()
@@ -342,9 +342,7 @@ class Server(Generic[AddressT, ListeningOnT]):
     ) -> InetServer:
         if isinstance(where, SocketPlace) and isinstance(where.address, InetAddress):
             return _begun(cls._bind_now(where, make_factory, options))
-        given = options.get("socket")
-        if given is not None:
-            given.close()
+        close_given(options.get("socket"))
         raise ValueError(f"where={where!r} is no inet address: use create")
 
     # Where it listens.
@@ -483,6 +481,11 @@ class Server(Generic[AddressT, ListeningOnT]):
         stopped the reactor, if one has (H7).
         """
         return self._factory.stopped_by
+
+    @property
+    def is_reporting_errors(self) -> bool:
+        """Whether a call of ``on_handler_error`` has not ended yet."""
+        return self._factory.is_reporting_errors
 
     @property
     def clock(self) -> Any:

@@ -43,6 +43,10 @@ class TcpService(Service):
         )
         service.setServiceParent(application)
 
+    With ``on_handler_error="raise"`` an error closes the listening socket and the
+    process goes on without it; ``service.server.failed()`` tells. Under
+    ``twistd tcpsvc`` the process ends then.
+
     :param where: where to listen.
     :param handler: a stream handler as for :meth:`tcpsvc.Server.create`; see
         :meth:`of_socks` and :meth:`of_protocols` for others.
@@ -72,6 +76,11 @@ class TcpService(Service):
             raise TypeError(
                 "socket= is for Server.create: a service that is started again "
                 "needs a new one each time; use WhereToListen.of_fd"
+            )
+        if getattr(where, "own", False):
+            raise ValueError(
+                f"where={where!r} with own=True: a service may listen again after a "
+                "stop, when that descriptor is closed"
             )
         if drain_timeout is not None and not drain_timeout >= 0:
             raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")

@@ -123,18 +123,22 @@ class BoundPath:
         found = os.lstat(path)
         return cls(path, found.st_dev, found.st_ino)
 
-    def unlink(self) -> None:
+    def unlink(self) -> bool:
         """
         Remove the path if it is still this server's (spec W6). To be called
         while the descriptor is open: a freed inode's number is used again at
         once.
 
+        :returns: whether anything was there.
         :raises OSError: it is there, and could not be removed.
         """
-        with contextlib.suppress(FileNotFoundError):
+        try:
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == (self.device, self.inode):
                 os.unlink(self.path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def check_unix_path(path: str) -> None:
@@ -284,6 +288,12 @@ def listen_on_given(
             raise CannotListenError(None, sockaddr, error) from error
         raise CannotListenError(sockaddr[0], sockaddr[1], error) from error
     return None
+
+
+def close_given(given: object) -> None:
+    """Close the caller's own socket, which creation has failed to use (W7)."""
+    if isinstance(given, socket.socket):
+        given.close()
 
 
 def is_unbound(given: socket.socket) -> bool:

@@ -153,7 +153,9 @@ class StreamConnection(Connection[AddressT]):
         """TLS is up: what was written meanwhile goes out."""
         if self._waits_for_handshake:
             self._waits_for_handshake = False
+            self._is_delivering = True
             self.writer.resume()
+            self._is_delivering = False
 
     def connectionLost(self, reason: Failure) -> None:
         """The socket is closed."""
@@ -244,6 +246,7 @@ class StreamConnection(Connection[AddressT]):
         self.reader.feed_eof()
 
     def _finish(self) -> None:
+        self.writer.handler_ended()
         self._begin_to_close(self._factory.settings.flush_timeout)
 
     def _traffic(self) -> dict[str, int]:

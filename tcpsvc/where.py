@@ -21,6 +21,7 @@ from tcpsvc.sockets import (
     BoundPath,
     SocketMaker,
     check_unix_path,
+    close_given,
     inet_sockaddr,
     is_unbound,
     listen_on_given,
@@ -326,7 +327,7 @@ class _Inet(SocketPlace[InetAddress, int]):
             listen_on_given(given, inet_sockaddr(self.host, self.port), backlog)
             return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
         except BaseException:
-            given.close()
+            close_given(given)
             raise
 
     def listening_on(self, address: IAddress) -> int:
@@ -364,7 +365,7 @@ class _Unix(SocketPlace[UNIXAddress, str]):
             bound_path = listen_on_given(given, path, backlog, self.mode)
             return ListeningSocket(given, path=bound_path)
         except BaseException:
-            given.close()
+            close_given(given)
             raise
 
     def listening_on(self, address: IAddress) -> str:
@@ -390,7 +391,7 @@ class _Descriptor(SocketPlace[IAddress, IAddress]):
         make_socket: SocketMaker = stream_socket,
     ) -> ListeningSocket:
         if given is not None:
-            given.close()
+            close_given(given)
             raise ValueError(
                 f"socket={given!r} with of_fd({self.fd}): one of the two is enough"
             )
@@ -414,7 +415,9 @@ class _Descriptor(SocketPlace[IAddress, IAddress]):
                 f"fd={self.fd} is no socket that listens: {error}"
             ) from error
         except BaseException:
-            if made is not None:
+            if made is not None and self.own:
+                made.detach()  # It may be anybody's.
+            elif made is not None:
                 made.close()
             raise
         os.set_inheritable(made.fileno(), False)

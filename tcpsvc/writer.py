@@ -82,6 +82,7 @@ class Writer:
         "_consumer_left",
         "_draining",
         "_flushing",
+        "_has_ended",
         "_is_gone",
         "_limit",
         "_marks",
@@ -98,6 +99,7 @@ class Writer:
         self._limit = limit
         self._state = _OPEN
         self._is_gone = False
+        self._has_ended = False
         self._queue: deque[bytes] = deque()
         self._offset = 0
         self.bytes_written = 0
@@ -115,7 +117,7 @@ class Writer:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """
         Write bytes; it never waits. When the client has left, or the server has
-        closed the connection, they are dropped (spec S4).
+        closed the connection, or the handler has ended, they are dropped (spec S4).
 
         :raises RuntimeError: after this writer's own :meth:`close` or
             :meth:`write_eof`.
@@ -128,7 +130,7 @@ class Writer:
         if self._state is not _OPEN:
             end = "write_eof" if self._state is _EOF else "close"
             raise RuntimeError(f"write after {end}() of the writer")
-        if self._is_gone or not data:
+        if self._is_gone or self._has_ended or not data:
             return
         self.bytes_written += len(data)
         if not self._marks:
@@ -202,7 +204,7 @@ class Writer:
     @property
     def is_closed(self) -> bool:
         """Whether it was closed, by its own :meth:`close` or any other way."""
-        return self._is_gone or self._state is _CLOSED
+        return self._is_gone or self._has_ended or self._state is _CLOSED
 
     @property
     def can_write_eof(self) -> bool:
@@ -285,6 +287,10 @@ class Writer:
         self._tell_waiters()
         if not self.bytes_to_write:
             self._connection.all_taken()
+
+    def handler_ended(self) -> None:
+        """What was written so far is all: who kept the writer cannot add to it."""
+        self._has_ended = True
 
     def consumer_has_left(self) -> None:
         """A reset or a failed send was seen."""
@@ -374,7 +380,7 @@ class Writer:
     def _check(self) -> None:
         if self._state is _CLOSED:
             raise RuntimeError("the writer was closed by its own close()")
-        if self._is_gone:
+        if self._is_gone or self._has_ended:
             raise self._gone_error()
 
     def _gone_error(self) -> ConnectionGone:

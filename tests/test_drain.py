@@ -157,7 +157,7 @@ async def test_when_the_time_is_up_what_is_left_is_closed(
     assert not [t for t in logs.texts() if "closing" in t]
     clock.advance(0.001)
     (line,) = [e for e in logs.events if "closing" in e["log_format"]]
-    assert line["remaining"] == 2
+    assert line["remaining"] == "2 connections"
     assert line["log_level"] is LogLevel.warn
     assert remaining(logs) == [2, 2, 2]
     for client in clients:
@@ -251,7 +251,7 @@ async def test_a_handler_that_does_not_end_is_given_up(
     clock.advance(0.001)
     await until_over(over, clock)
     (line,) = [e for e in logs.events if e.get("log_level") is LogLevel.error]
-    assert line["remaining"] == 2
+    assert line["remaining"] == "2 handlers"
     release.callback(None)
     for waiter in waiters[-2:]:
         waiter.callback(None)

@@ -1012,7 +1012,9 @@ class InMemory(RuleBasedStateMachine):
             return
         writer = peer.writer
         assert writer.bytes_to_write == peer.pending
-        assert writer.is_closed == (not peer.open or peer.writer_state == "closed")
+        assert writer.is_closed == (
+            not peer.open or peer.writer_state == "closed" or peer.state == "ended"
+        )
         assert peer.consumer_left is not None
         assert (peer.consumer_left.state == "done") == peer.has_left
         for kind, _, waits, expected in peer.waiters:
