@@ -11,19 +11,24 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IProtocolNegotiationFactory
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.interfaces import (
+    IProtocolNegotiationFactory,
+    IStreamServerEndpoint,
+)
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.web.resource import Resource
 from twisted.web.server import Site
+from zope.interface import implementer
 
 from tcpsvc import ServerFactory, TcpService, WhereToListen
 from tcpsvc.drain import GRACE, Drain
 from tcpsvc.server import Server
 from tcpsvc.testing import MemoryServer
-from tests.support import in_thread, until
+from tests.support import in_thread, the_reactor, until
 
 
 @ensureDeferred
@@ -224,3 +229,33 @@ async def test_a_drain_says_that_it_waits_for_on_handler_error(
     assert done == [None]
     assert "calls of on_handler_error do not end" in "".join(logs.texts(LogLevel.error))
     release.callback(None)
+
+
+@ensureDeferred
+async def test_a_cancelled_create_keeps_no_client_of_a_slow_endpoint(
+    connect: Any,
+) -> None:
+    """W8: an endpoint that listens at once, and says so late."""
+    said: Deferred[Any] = Deferred()
+    ports: list[Any] = []
+
+    @implementer(IStreamServerEndpoint)
+    class Slow:
+        def listen(self, factory: Any) -> Any:
+            real = TCP4ServerEndpoint(the_reactor(), 0, interface="127.0.0.1")
+            real.listen(factory).addCallback(ports.append)
+            return said
+
+    def handler(address: Any, reader: Any, writer: Any) -> None:
+        raise AssertionError("never called")
+
+    creating = Server.create(
+        WhereToListen.of_endpoint(Slow()), handler, on_handler_error="ignore"
+    )
+    client = connect(ports[0].getHost())
+    await until(lambda: ports[0].sessionno == 1)
+    creating.cancel()
+    with pytest.raises(CancelledError):
+        await creating
+    said.callback(ports[0])
+    assert await in_thread(client.read_all) == b""
