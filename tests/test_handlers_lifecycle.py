@@ -575,7 +575,10 @@ async def test_a_client_that_sends_for_ever_is_aborted_in_the_end(
 
     blasting = in_thread(blast)
     await until(lambda: held.reader.bytes_read)
+    [connection] = server._factory.connections
     held.end.callback(None)
+    # It still sends: one that had stopped would be closed at the next look.
+    await until(lambda: connection._discarded)
     assert 30 <= await seconds_until(clock, lambda: not server.num_connections) <= 45
     await blasting
 
