@@ -551,6 +551,8 @@ async def test_a_held_client_that_left_still_gets_its_handler(
     port = the_reactor().listenTCP(0, factory, interface="127.0.0.1")
     first, second = connect(port.getHost()), connect(port.getHost())
     await until(lambda: factory.describe()["held"] == 1)
+    # The first handler starts in a turn of its own.
+    await until(lambda: factory.connections[0].is_running)
     second.send(b"early")
     second.close()
     first.close()
