@@ -214,14 +214,20 @@ class Child:
     def __init__(self, directory: Path, argv: list[str]) -> None:
         self.directory = directory
         self.text = {"stdout": "", "stderr": ""}
-        self.process = subprocess.Popen(
-            argv,
-            cwd=directory,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        # A suite that runs in the background has SIGINT ignored, which a child
+        # would inherit and, rightly, keep.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                argv,
+                cwd=directory,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         self._pipes = {
             pipe.fileno(): name
             for name, pipe in (
