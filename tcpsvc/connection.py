@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import CoroutineType
 from typing import Any, Generic, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionDone
+from twisted.internet.main import CONNECTION_DONE
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
@@ -33,14 +34,18 @@ from twisted.python.reflect import safe_repr
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
 from tcpsvc.counters import Counters
+from tcpsvc.driver import Driver
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
-from tcpsvc.handler import STOPPING, run_handler
+from tcpsvc.handler import STOPPING, follow
 from tcpsvc.options import Settings
 
 AddressT = TypeVar("AddressT")
 
 # Not an attribute: that would put the connection into every event as its source.
 _log = Logger(namespace="tcpsvc")
+
+#: Why we close: one for all, since it says nothing of any connection.
+CLOSED = Failure(CONNECTION_DONE)
 
 
 class Owner(Protocol):
@@ -51,6 +56,13 @@ class Owner(Protocol):
     clock: Any
     reactor: Any
     is_closed: bool
+    is_listening_anywhere: bool
+
+    def listening_on(self) -> Any:
+        """The listening address."""
+
+    def set_socket_options(self, connected: Any) -> None:
+        """What is set on each connection's socket."""
 
     def connected(self, connection: Any) -> None:
         """Its transport is there."""
@@ -92,9 +104,10 @@ class Connection(Generic[AddressT]):
         "_is_released",
         "_is_closed_with_the_server",
         "_running",
+        "_socket_closed",
         "id",
+        "is_socket_closed",
         "peer",
-        "when_socket_closed",
     )
 
     def __init__(self, factory: Owner, id: int, peer: AddressT) -> None:
@@ -103,7 +116,7 @@ class Connection(Generic[AddressT]):
         self.peer = peer
         self._accepted_at = factory.clock.seconds()
         self._handler_state = "waiting"
-        self._running: Deferred[object] | None = None
+        self._running: Driver | Deferred[object] | None = None
         self._handler_cancelled = False
         self._closed_by_server = False
         self._is_closed_with_the_server = False
@@ -111,7 +124,8 @@ class Connection(Generic[AddressT]):
         self._error_reported = False
         self._is_released = False
         self._is_delivering = False
-        self.when_socket_closed = Event()
+        self.is_socket_closed = False
+        self._socket_closed: Event | None = None
 
     # What a kind of connection says and does.
 
@@ -135,8 +149,19 @@ class Connection(Generic[AddressT]):
     def _start(self, handler: Callable[..., object], *args: object) -> None:
         """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
         self._handler_state = "running"
-        running = self._running = run_handler(handler, *args)
-        running.addCallbacks(self._handler_returned, self.handler_ended)
+        try:
+            result = handler(*args)
+        except BaseException:
+            self.handler_ended(Failure())
+            return
+        if type(result) is CoroutineType:
+            driver = self._running = Driver(result, self.handler_ended)
+            driver.resume(None)
+        elif result is None:
+            self.handler_ended(None)
+        else:
+            running = self._running = follow(result, handler)
+            running.addCallbacks(self._handler_returned, self.handler_ended)
 
     def _handler_returned(self, _: object) -> None:
         self.handler_ended(None)
@@ -163,9 +188,9 @@ class Connection(Generic[AddressT]):
         is_wrapped = base is not transport or getattr(base, "TLS", False)
         if self._is_delivering and is_wrapped:
             # TLS does not stand it while it calls us.
-            self._factory.reactor.callLater(0, lose, Failure(ConnectionDone()))
+            self._factory.reactor.callLater(0, lose, CLOSED)
         else:
-            lose(Failure(ConnectionDone()))
+            lose(CLOSED)
         return True
 
     def close_existing(self) -> None:
@@ -218,22 +243,33 @@ class Connection(Generic[AddressT]):
             self._handler_state = "failed"
             counters.failed += 1
             self.fail(failure)
-        if not self.when_socket_closed.has_happened:
+        if not self.is_socket_closed:
             self._finish()
         self._release_if_over()
 
+    @property
+    def when_socket_closed(self) -> Event:
+        """The end of the socket. Made when it is first asked for."""
+        if self._socket_closed is None:
+            self._socket_closed = Event()
+            if self.is_socket_closed:
+                self._socket_closed.happen()
+        return self._socket_closed
+
     def socket_closed(self) -> None:
         """The socket is closed, by whichever side."""
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return
-        self.when_socket_closed.happen()
+        self.is_socket_closed = True
+        if self._socket_closed is not None:
+            self._socket_closed.happen()
         self._factory.descriptor_closed()
         self._release_if_over()
 
     def _release_if_over(self) -> None:
         if (
             not self._is_released
-            and self.when_socket_closed.has_happened
+            and self.is_socket_closed
             and self._handler_state not in ("waiting", "running")
         ):
             self._is_released = True
@@ -300,7 +336,7 @@ class Connection(Generic[AddressT]):
             "peer": str(self.peer),
             "age": self._factory.clock.seconds() - self._accepted_at,
             "handler": self._handler_state,
-            "socket": "closed" if self.when_socket_closed.has_happened else "open",
+            "socket": "closed" if self.is_socket_closed else "open",
             **self._traffic(),
         }
 

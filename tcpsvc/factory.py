@@ -281,7 +281,7 @@ class ServerFactory(protocol.ServerFactory):
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
         connection = self._make_connection(self, self._next_id(), address, client)
-        kernel.set_options(client, keepalive=self.settings.keepalive)
+        self.set_socket_options(client)
         self._admit(connection)
         self.counters.accepted += 1
         self._starts.add(connection)
@@ -465,6 +465,19 @@ class ServerFactory(protocol.ServerFactory):
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
         self._listening_on = listening_on
+
+    def set_socket_options(self, connected: Any) -> None:
+        """What each connection's socket has (spec A7, A5)."""
+        kernel.set_options(connected, keepalive=self.settings.keepalive)
+
+    def listening_on(self) -> Any:
+        """The listening address, if it is known."""
+        return self._listening_on()
+
+    @property
+    def is_listening_anywhere(self) -> bool:
+        """Whether connections may have another own address than the listener's."""
+        return getattr(self._listening_on(), "host", "") in ("", "0.0.0.0", "::")
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""

@@ -26,10 +26,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
+from tcpsvc.engine import Engine, engage
 from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly
 from tcpsvc.options import Settings
-from tcpsvc.transport import counting
+from tcpsvc.transport import telling
 
 #: The process or the host has run out of something that will come back.
 EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -94,16 +95,36 @@ class Gate:
         self._in_episode = False
         self._is_open = False
         port.doRead = self.accept_batch
+        #: Serves the connections; ``None`` where Twisted's own transports do.
+        self._engine: Engine | None = None
         if isinstance(port.transport, type):
-            port.transport = counting(port.transport)
+            self._choose_transports(port.transport)
+
+    def _choose_transports(self, wanted: type) -> None:
+        port = self._port
+        if self._factory.settings.engine == "auto":
+            self._engine = engage(port.reactor, wanted)
+        chosen = self._engine.transport_class if self._engine else telling(wanted)
+        if hasattr(port, "serve_with"):
+            port.serve_with(chosen)
+        else:
+            port.transport = chosen
 
     def open(self) -> None:
-        """Begin to accept."""
+        """
+        Begin to accept.
+
+        :raises OSError: there is no descriptor left for the engine.
+        """
+        if self._engine is not None:
+            self._engine.reactor.stay()
         self._is_open = True
         self.update()
 
     def close(self) -> None:
         """Accept no more, and leave no timer behind."""
+        if self._engine is not None and self._is_open:
+            self._engine.reactor.may_leave()
         self._is_open = False
         self._rest_over()
         self._port.stopReading()
@@ -170,7 +191,12 @@ class Gate:
             session = port.sessionno
             port.sessionno = session + 1
             transport = port.transport(
-                client, protocol, address, port, session, port.reactor
+                client,
+                protocol,
+                address,
+                port,
+                session,
+                self._engine.reactor if self._engine else port.reactor,
             )
         except BaseException as error:
             # A wrapping factory failed, or its protocol: nobody has the socket.

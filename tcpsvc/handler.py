@@ -39,10 +39,16 @@ def run_handler(handler: Callable[..., object], *args: object) -> Deferred[objec
         result = handler(*args)
     except BaseException:
         return fail(Failure())
-    return _follow(result, handler)
+    return follow(result, handler)
 
 
-def _follow(result: object, function: object) -> Deferred[object]:
+def follow(result: object, function: object) -> Deferred[object]:
+    """
+    Follow what a function returned to its end, as :func:`run_handler` does.
+
+    :param function: named by the error, when it has returned a thing that looks
+        like something to wait for and is none.
+    """
     if result is None:
         return succeed(None)
     if isinstance(result, Deferred):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import socket
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 
@@ -20,6 +20,9 @@ MOST_BACKLOG = 2**31 - 1
 
 #: The default of ``max_connections`` where there is no limit of open files.
 MOST_CONNECTIONS = 10_000
+
+#: What ``engine`` may be.
+ENGINES = ("auto", "reactor")
 
 #: Seconds (spec S6, H3).
 BUFFER_AGE_LIMIT = 120.0
@@ -86,6 +89,11 @@ class Options(TypedDict, total=False):
     ``socket``
         An unbound socket of yours, which is bound to ``where`` and used as it
         is. The server owns it, and closes it also when creation fails (W7).
+    ``engine``
+        ``"auto"`` (the default) serves connections by tcpsvc's own sub-reactor
+        where it can: on Linux, with any reactor that can watch a descriptor.
+        ``"reactor"`` serves them by the reactor itself, as Twisted does. What
+        happens is the same; how fast is not.
     ``keepalive``
         Set SO_KEEPALIVE on connections, so that a client that vanished does not
         hold its slot for ever. Default false.
@@ -101,6 +109,7 @@ class Options(TypedDict, total=False):
     drop_incoming_connections: bool
     socket: socket.socket | None
     keepalive: bool
+    engine: Literal["auto", "reactor"]
     reactor: Any
     clock: Any
 
@@ -139,6 +148,7 @@ class Settings:
     backlog: int = BACKLOG
     drop_incoming_connections: bool = False
     keepalive: bool = False
+    engine: str = "auto"
     buffer_age_limit: float | None = BUFFER_AGE_LIMIT
     flush_timeout: float = FLUSH_TIMEOUT
     reader_buffer_size: int = READER_BUFFER_SIZE
@@ -157,6 +167,10 @@ class Settings:
         if self.buffer_age_limit is not None:
             seconds("buffer_age_limit", self.buffer_age_limit)
         seconds("flush_timeout", self.flush_timeout)
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
+            )
         if self.backlog > MOST_BACKLOG:
             raise ValueError(f"backlog={self.backlog} is above {MOST_BACKLOG}")
 

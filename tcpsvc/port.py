@@ -14,6 +14,7 @@ This file and :mod:`tcpsvc.gate` are the only ones that know the inside of
 from __future__ import annotations
 
 import socket
+from functools import cache
 from typing import Any
 
 from twisted.internet import tcp, unix
@@ -35,14 +36,19 @@ def unmap(host: str) -> str | None:
     return None
 
 
-class _DualStackServer(tcp.Server):
-    """A transport that shows a mapped IPv4 address as IPv4, at both ends."""
+class _ShowsIPv4:
+    """Mixed into a transport: it shows a mapped IPv4 address as IPv4, at both ends."""
 
     def getPeer(self) -> IPv4Address | IPv6Address:
-        return _unmapped(super().getPeer())  # type: ignore[no-untyped-call]
+        return _unmapped(super().getPeer())  # type: ignore[misc]
 
     def getHost(self) -> IPv4Address | IPv6Address:
-        return _unmapped(super().getHost())  # type: ignore[no-untyped-call]
+        return _unmapped(super().getHost())  # type: ignore[misc]
+
+
+@cache
+def _showing_ipv4(transport_class: type) -> type:
+    return type(transport_class.__name__, (_ShowsIPv4, transport_class), {})
 
 
 def _unmapped(address: IPv6Address) -> IPv4Address | IPv6Address:
@@ -57,6 +63,10 @@ class _OpenedPort(tcp.Port):
     _listening: ListeningSocket
     factory: ServerFactory
     fileno: Any
+
+    def serve_with(self, transport_class: type) -> None:
+        """Make transports of a class."""
+        self.transport = transport_class
 
     def startListening(self) -> None:
         """Serve the socket, which listens already. It is not read from yet."""
@@ -100,12 +110,16 @@ class TCPListeningPort(_OpenedPort):
         name = listening.socket.getsockname()
         tcp.Port.__init__(self, name[1], factory, interface=name[0], reactor=reactor)
         self._listening = listening
-        if listening.maps_ipv4:
-            self.transport = _DualStackServer
 
     def startListening(self) -> None:
         self._realPortNumber = self.port
         _OpenedPort.startListening(self)
+
+    def serve_with(self, transport_class: type) -> None:
+        """Make transports of a class."""
+        if self._listening.maps_ipv4:
+            transport_class = _showing_ipv4(transport_class)
+        self.transport = transport_class
 
     def _buildAddr(self, address: tuple[Any, ...]) -> IPv4Address | IPv6Address:
         made: IPv4Address | IPv6Address = tcp.Port._buildAddr(self, address)

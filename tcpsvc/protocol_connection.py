@@ -26,6 +26,7 @@ from zope.interface import alsoProvides, implementer
 
 from tcpsvc import kernel
 from tcpsvc.connection import AddressT, Connection, Owner
+from tcpsvc.transport import tells
 
 #: What a protocol's own interfaces are passed on for.
 _OPTIONAL = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
@@ -125,8 +126,7 @@ class ProtocolConnection(Connection[AddressT]):
         self.transport = transport
         connected = kernel.socket_of(kernel.base_transport(transport))
         if connected is not None:
-            keepalive = self._factory.settings.keepalive
-            kernel.set_options(connected, keepalive=keepalive)
+            self._factory.set_socket_options(connected)
         if self._is_held:
             transport.pauseProducing()
             self._factory.connected(self)
@@ -138,7 +138,7 @@ class ProtocolConnection(Connection[AddressT]):
     def start(self) -> None:
         """A slot is free for a connection that was held."""
         self._is_held = False
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             self.forget()  # The client has left meanwhile.
             return
         if not self.build():
@@ -148,15 +148,37 @@ class ProtocolConnection(Connection[AddressT]):
 
     def _connect(self) -> None:
         self._handler_state = "running"
+        if tells(self.transport) and self.transport.tells_errors:
+            # It tells us what we stand in between for: its own protocol may be
+            # the application's, which may put another in its place.
+            self.transport.watcher = self
+            self.transport.protocol = self._protocol
         self._guard(self._protocol.makeConnection, self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
         self._guard(self._protocol.dataReceived, data)
 
+    # What a transport tells (Watcher).
+
+    def blocked(self) -> None:
+        """Of no interest: the protocol looks after that itself."""
+
+    sent = losing = blocked
+
+    def failed(self, failure: Failure) -> bool:
+        """The protocol raised."""
+        self._failed(failure)
+        return True
+
+    def lost(self, protocol: Any, reason: Failure) -> None:
+        """The end of a protocol that the transport serves directly."""
+        self._protocol = protocol
+        self.connectionLost(reason)
+
     def connectionLost(self, reason: Failure) -> None:
         """The protocol's end."""
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return
         self.socket_closed()
         if self._handler_state != "running":
@@ -203,19 +225,19 @@ class ProtocolConnection(Connection[AddressT]):
         try:
             method(*args)
         except BaseException:
-            self._failed()
+            self._failed(Failure())
         finally:
             self._is_delivering = False
 
-    def _failed(self) -> None:
+    def _failed(self, failure: Failure) -> None:
         """The protocol raised: its first error counts, its connection ends."""
-        self.fail(Failure())
+        self.fail(failure)
         self.transport.abortConnection()
 
     # The life of the connection.
 
     def close_now(self) -> None:
-        if self.when_socket_closed.has_happened or self.transport is None:
+        if self.is_socket_closed or self.transport is None:
             return
         self._closed_by_server = True
         if not self._close_socket(self.transport):
@@ -223,7 +245,7 @@ class ProtocolConnection(Connection[AddressT]):
 
     def abort(self) -> None:
         """Close with a reset."""
-        if not self.when_socket_closed.has_happened and self.transport is not None:
+        if not self.is_socket_closed and self.transport is not None:
             self.transport.abortConnection()
 
     def _finish(self) -> None:

@@ -4,20 +4,27 @@ a handler that asks for them (spec S1 to S3).
 
 The methods are coroutines. Each may be awaited, yielded in ``inlineCallbacks``,
 or turned into a Deferred with ``Deferred.fromCoroutine``. A read that finds its
-bytes in the buffer returns them without a turn of the reactor. No byte leaves
-the buffer before the read that takes it returns, so cancelling one loses none.
+bytes in the buffer returns them without a turn of the reactor; one that does not
+is resumed from within the delivery of the bytes. No byte leaves the buffer before
+the read that takes it returns, so cancelling one loses none.
+
+The buffer is the received ``bytes`` as they came, and how far they are read: one
+chunk that answers one read is never copied. Only where a rest would be copied
+again and again is it a ``bytearray``, see :meth:`Reader.data_received`.
 """
 
 from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
+from types import coroutine
 from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
+from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
 
 
@@ -42,9 +49,6 @@ class Input(Protocol):
     def resume_reading(self) -> None:
         """Go on taking from the kernel."""
 
-    def reading_wanted(self) -> None:
-        """There is room in the buffer again."""
-
     def close_by_reader(self) -> None:
         """The reader was closed by its own ``close``."""
 
@@ -63,13 +67,16 @@ class Reader:
     """
 
     __slots__ = (
-        "_buffer",
         "_connection",
+        "_data",
         "_is_closed",
+        "_is_paused",
         "_is_reading",
         "_limit",
-        "_wake_at",
+        "_position",
+        "_suspension",
         "_waiter",
+        "_wake_at",
         "bytes_read",
         "has_eof",
     )
@@ -77,11 +84,19 @@ class Reader:
     def __init__(self, connection: Input, limit: int) -> None:
         self._connection = connection
         self._limit = limit
-        self._buffer = bytearray()
-        self._waiter: Deferred[None] | None = None
+        #: What has arrived, and up to where it is read. A bytearray is read from
+        #: its start.
+        self._data: bytes | bytearray = b""
+        self._position = 0
+        self._waiter: Suspension | None = None
+        #: How many bytes the waiter waits for.
         self._wake_at = 0
+        #: The last waiter, to be used again.
+        self._suspension: Suspension | None = None
         self._is_reading = False
         self._is_closed = False
+        #: Whether reading from the socket was stopped since the buffer is full.
+        self._is_paused = False
         self.has_eof = False
         self.bytes_read = 0
 
@@ -95,16 +110,18 @@ class Reader:
         :raises RuntimeError: another read is outstanding (S1), or the reader was
             closed.
         """
-        self._check()
-        if n == 0:
-            return b""
-        if n < 0:
+        if self._is_reading or self._is_closed:
+            self._refuse()
+        if n <= 0:
+            if n == 0:
+                return b""
             while not self.has_eof:
                 await self._more(None)
-            return self._take(len(self._buffer))
-        if not self._buffer and not self.has_eof:
+            return self._take(self.bytes_buffered)
+        if self._position == len(self._data) and not self.has_eof:
             await self._more(1)
-        return self._take(min(n, len(self._buffer)))
+        size = len(self._data) - self._position
+        return self._take(min(size, n))
 
     async def readline(self) -> bytes:
         """
@@ -113,10 +130,23 @@ class Reader:
             longer than ``reader_buffer_size``. It stays in the buffer.
         :raises RuntimeError: as :meth:`read`.
         """
-        try:
-            return await self.readuntil(b"\n")
-        except IncompleteReadError as error:
-            return error.partial
+        if self._is_reading or self._is_closed:
+            self._refuse()
+        searched = 0
+        while True:
+            position = self._position
+            found = self._data.find(b"\n", position + searched) + 1
+            if found:
+                size = found - position
+                if size > self._limit + 1:
+                    self._overrun()
+                return self._take(size)
+            searched = len(self._data) - position
+            if searched > self._limit:
+                self._overrun()
+            if self.has_eof:
+                return self._take(searched)
+            await self._more(searched + 1)
 
     async def readuntil(self, separator: bytes = b"\n") -> bytes:
         """
@@ -130,24 +160,26 @@ class Reader:
         :raises ValueError: the separator is empty.
         :raises RuntimeError: as :meth:`read`.
         """
-        self._check()
+        if self._is_reading or self._is_closed:
+            self._refuse()
         size = len(separator)
         if not size:
             raise ValueError("separator=b'' would never be found")
-        buffer = self._buffer
         searched = 0
         while True:
-            found = buffer.find(separator, searched)
+            position = self._position
+            found = self._data.find(separator, position + searched) - position
             if found >= 0:
                 if found > self._limit:
                     self._overrun()
                 return self._take(found + size)
-            searched = max(0, len(buffer) + 1 - size)
+            buffered = len(self._data) - position
+            searched = max(0, buffered + 1 - size)
             if searched > self._limit:
                 self._overrun()
             if self.has_eof:
-                raise IncompleteReadError(self._take(len(buffer)), None)
-            await self._more(len(buffer) + 1)
+                raise IncompleteReadError(self._take(buffered), None)
+            await self._more(buffered + 1)
 
     async def readexactly(self, n: int) -> bytes:
         """
@@ -158,12 +190,15 @@ class Reader:
         :raises ValueError: ``n`` is negative.
         :raises RuntimeError: as :meth:`read`.
         """
-        self._check()
+        if self._is_reading or self._is_closed:
+            self._refuse()
         if n < 0:
             raise ValueError(f"n={n} is negative")
-        await self._until(n)
-        if len(self._buffer) < n:
-            raise IncompleteReadError(self._take(len(self._buffer)), n)
+        if self.bytes_buffered < n and not self.has_eof:
+            await self._more(n)
+        buffered = self.bytes_buffered
+        if buffered < n:
+            raise IncompleteReadError(self._take(buffered), n)
         return self._take(n)
 
     async def peek(self, n: int) -> bytes:
@@ -173,11 +208,13 @@ class Reader:
         :raises ValueError: ``n`` is negative or larger than the buffer.
         :raises RuntimeError: as :meth:`read`.
         """
-        self._check()
+        if self._is_reading or self._is_closed:
+            self._refuse()
         if not 0 <= n <= self._limit:
             raise ValueError(f"n={n} is not in 0..{self._limit} (reader_buffer_size)")
-        await self._until(n)
-        return bytes(self._buffer[:n])
+        if self.bytes_buffered < n and not self.has_eof:
+            await self._more(n)
+        return bytes(self._data[self._position : self._position + n])
 
     async def drain_to_eof(self) -> None:
         """
@@ -190,7 +227,7 @@ class Reader:
 
     def at_eof(self) -> bool:
         """Whether EOF has come and everything before it was read."""
-        return self.has_eof and not self._buffer
+        return self.has_eof and not self.bytes_buffered
 
     def close(self) -> None:
         """
@@ -202,6 +239,11 @@ class Reader:
             self._is_closed = True
             self._connection.close_by_reader()
             self._wake()
+
+    @property
+    def bytes_buffered(self) -> int:
+        """How many bytes have arrived and are not read yet."""
+        return len(self._data) - self._position
 
     @property
     def transport(self) -> ITransport:
@@ -231,7 +273,7 @@ class Reader:
         state = "closed" if self._is_closed else "eof" if self.has_eof else "open"
         return (
             f"<Reader of {self._connection.peer} {state}, "
-            f"{len(self._buffer)} bytes buffered, {self.bytes_read} read>"
+            f"{self.bytes_buffered} bytes buffered, {self.bytes_read} read>"
         )
 
     # For the connection.
@@ -240,12 +282,31 @@ class Reader:
         """Bytes have arrived. After EOF nothing counts (TLS may hold some back)."""
         if self.has_eof:
             return
-        self.bytes_read += len(data)
-        self._buffer += data
-        if self._waiter is not None and len(self._buffer) >= self._wake_at:
-            self._wake()
-        if self._waiter is None and len(self._buffer) >= self._limit:
-            self._connection.pause_reading()
+        size = len(data)
+        self.bytes_read += size
+        old = self._data
+        rest = len(old) - self._position
+        if not rest:
+            self._data = data
+            self._position = 0
+        elif type(old) is bytearray:
+            old += data
+        elif rest <= size:
+            self._data = old[self._position :] + data
+            self._position = 0
+        else:
+            # To copy a large rest for each small arrival would never end.
+            self._data = bytearray(memoryview(old)[self._position :])
+            self._data += data
+            self._position = 0
+        size += rest
+        waiter = self._waiter
+        if waiter is not None and size >= self._wake_at:
+            self._waiter = None
+            waiter.wake()
+            size = len(self._data) - self._position
+        if size >= self._limit and self._waiter is None:
+            self._pause()
 
     def feed_eof(self) -> None:
         """Nothing more will come."""
@@ -255,35 +316,47 @@ class Reader:
 
     # The buffer.
 
-    def _check(self) -> None:
+    def _refuse(self) -> None:
         if self._is_reading:
             raise RuntimeError(
                 "another read of this connection is outstanding: await it, or "
                 "cancel it, before the next"
             )
-        if self._is_closed:
-            raise RuntimeError("read after close() of the reader")
+        raise RuntimeError("read after close() of the reader")
 
-    async def _until(self, n: int) -> None:
-        if len(self._buffer) < n and not self.has_eof:
-            await self._more(n)
+    def _pause(self) -> None:
+        if not self._is_closed:
+            self._is_paused = True
+            self._connection.pause_reading()
 
-    async def _more(self, size: int | None) -> None:
+    def _resume(self) -> None:
+        self._is_paused = False
+        self._connection.resume_reading()
+
+    @coroutine
+    def _more(self, size: int | None) -> Generator[Suspension, None, None]:
         """
         Wait until the buffer holds so many bytes (``None``: no number is
         enough), or EOF.
         """
         self._is_reading = True
         self._wake_at = (1 << 62) if size is None else size
-        waiter = self._waiter = Deferred(self._read_cancelled)
+        waiter = self._suspension
+        if waiter is None or waiter.was_deferred:
+            waiter = self._suspension = Suspension(self._read_cancelled)
+        self._waiter = waiter
         try:
-            self._connection.resume_reading()
-            await waiter
+            if self._is_paused:
+                self._resume()
+            yield waiter
+        except BaseException:
+            self._suspension = None  # Whoever waited for it may still hold it.
+            raise
         finally:
             self._waiter = None
             self._is_reading = False
-            if not self._is_closed and len(self._buffer) >= self._limit:
-                self._connection.pause_reading()
+            if self.bytes_buffered >= self._limit:
+                self._pause()
         if self._is_closed:
             raise RuntimeError("close() of the reader during a read")
 
@@ -293,15 +366,27 @@ class Reader:
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            waiter.callback(None)
+            waiter.wake()
 
     def _take(self, n: int) -> bytes:
-        buffer = self._buffer
-        taken = bytes(buffer) if n == len(buffer) else bytes(buffer[:n])
-        del buffer[:n]
-        if len(buffer) < self._limit:
-            self._connection.reading_wanted()
-        return taken
+        data = self._data
+        position = self._position
+        if position + n == len(data):
+            # All there is.
+            self._data = b""
+            self._position = 0
+            taken = data if not position else data[position:]
+            if type(taken) is bytearray:
+                taken = bytes(taken)
+        elif type(data) is bytearray:
+            taken = bytes(memoryview(data)[:n])
+            del data[:n]
+        else:
+            self._position = position = position + n
+            taken = data[position - n : position]
+        if self._is_paused and self.bytes_buffered < self._limit:
+            self._resume()
+        return cast(bytes, taken)
 
     def _overrun(self) -> None:
         raise LimitOverrunError(

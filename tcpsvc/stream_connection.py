@@ -34,8 +34,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from tcpsvc import kernel
-from tcpsvc.connection import AddressT, Connection, Owner
+from tcpsvc.chunks import Chunks
+from tcpsvc.connection import CLOSED, AddressT, Connection, Owner
 from tcpsvc.reader import Reader
+from tcpsvc.transport import tells
 from tcpsvc.writer import Writer
 
 StreamHandler = Callable[[AddressT, Reader, Writer], object]
@@ -55,10 +57,12 @@ class StreamConnection(Connection[AddressT]):
     __slots__ = (
         "_aborted",
         "_base",
+        "_chunks",
         "_discarded",
         "_flush_timeout",
         "_handler",
         "_has_flow_control",
+        "_host",
         "_is_being_lost",
         "_is_held",
         "_is_write_side_shut",
@@ -68,11 +72,15 @@ class StreamConnection(Connection[AddressT]):
         "_reading_paused",
         "_socket",
         "_waits_for_handshake",
-        "host",
+        "dataReceived",
         "reader",
         "transport",
         "writer",
     )
+
+    #: Nothing is delivered, and no end noticed, before the handler starts: see
+    #: :mod:`tcpsvc.engine.transports`.
+    starts_reading_itself = True
 
     def __init__(
         self,
@@ -85,8 +93,12 @@ class StreamConnection(Connection[AddressT]):
         self._handler = handler
         self.reader = Reader(self, factory.settings.reader_buffer_size)
         self.writer = Writer(self, factory.settings.writer_buffer_size)
+        #: Where the transport delivers: to the reader, or nowhere while closing.
+        self.dataReceived: Callable[[bytes], None] = self.reader.data_received
         self.transport: Any = None
-        self.host: Any = None
+        self._host: Any = None
+        #: Where the transport does not tell what it has sent.
+        self._chunks: Chunks | None = None
         self._base: Any = None
         self._socket: socket.socket | None = None
         self._phase = _OPEN
@@ -110,12 +122,27 @@ class StreamConnection(Connection[AddressT]):
     def makeConnection(self, transport: Any) -> None:
         """The connection is there; the handler starts in a later turn."""
         self.transport = transport
+        if tells(transport):
+            self._base = transport
+            self._socket = transport.socket
+            transport.watcher = self
+            self.writer.write_to(transport)
+        else:
+            self._connect_in_chunks(transport)
+        if self._socket is not None:
+            self._factory.set_socket_options(self._socket)
+        if self._is_held:
+            self.pause_reading()
+        self._factory.connected(self)
+
+    def _connect_in_chunks(self, transport: Any) -> None:
+        self.dataReceived = self._deliver
+        self._chunks = Chunks(self)
+        self.writer.write_to(self._chunks)
         self._base = base = kernel.base_transport(transport)
         self._socket = kernel.socket_of(base)
-        self.host = transport.getHost()
-        if self._socket is not None:
-            keepalive = self._factory.settings.keepalive
-            kernel.set_options(self._socket, keepalive=keepalive)
+        # The addresses of what is below TLS are gone with the connection.
+        self._host = transport.getHost()
         # A TLS layer just above tells us when its handshake is done, and what is
         # written before would be buffered where it cannot be seen.
         self._waits_for_handshake = (
@@ -124,20 +151,14 @@ class StreamConnection(Connection[AddressT]):
         if self._socket is not None or hasattr(base, "registerProducer"):
             # The lowest transport is asked: only there "sent" means what it says.
             base.registerProducer(self, False)
-        if base is transport and hasattr(base, "total_sent"):
-            base.on_sent = self._some_sent
-        if self._is_held:
-            self.pause_reading()
-        self._factory.connected(self)
 
-    def dataReceived(self, data: bytes) -> None:
-        """Bytes have arrived: buffer them, or discard them while closing."""
-        if self._phase is _OPEN:
-            self._is_delivering = True
-            self.reader.data_received(data)
-            self._is_delivering = False
-        else:
-            self._discarded += len(data)
+    def _deliver(self, data: bytes) -> None:
+        self._is_delivering = True
+        self.reader.data_received(data)
+        self._is_delivering = False
+
+    def _discard(self, data: bytes) -> None:
+        self._discarded += len(data)
 
     def readConnectionLost(self) -> None:
         """The client's FIN."""
@@ -154,12 +175,12 @@ class StreamConnection(Connection[AddressT]):
         if self._waits_for_handshake:
             self._waits_for_handshake = False
             self._is_delivering = True
-            self.writer.resume()
+            self._chunks_sent()
             self._is_delivering = False
 
     def connectionLost(self, reason: Failure) -> None:
         """The socket is closed."""
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return
         # First everything is as it will be, then whoever waits is told.
         self.writer.gone()
@@ -178,31 +199,58 @@ class StreamConnection(Connection[AddressT]):
             self._has_flow_control = True
             return
         if not self._waits_for_handshake:
-            self.writer.resume()
+            self._chunks_sent()
         if getattr(self._base, "disconnecting", False):
             # TLS has ended the connection by itself.
             self._shut_off_producer()
 
-    def _some_sent(self) -> None:
-        if not self.when_socket_closed.has_happened:
-            self.writer.taken(self._base.total_sent)
+    def _chunks_sent(self) -> None:
+        if self._chunks is not None and not self.is_socket_closed:
+            self._chunks.all_sent()
+            self.writer.sent()
 
     def stopProducing(self) -> None:
+        """The transport is lost, its socket is about to be closed (IPullProducer)."""
+        self.losing()
+
+    # What a transport tells that says more (Watcher).
+
+    def blocked(self) -> None:
+        """Bytes wait to be sent."""
+        self.writer.blocked()
+
+    def sent(self) -> None:
+        """More of them, or all, were sent."""
+        if not self.is_socket_closed:
+            self.writer.sent()
+
+    def losing(self) -> None:
         """
-        The transport is lost, its socket is about to be closed (IPullProducer):
-        the last moment to take what the client sent before its reset (S8). The
-        handler may act on it, but not close what is closing.
+        The socket is about to be closed: the last moment to take what the client
+        sent before its reset (S8). The handler may act on it, but not close what
+        is closing.
         """
         self._is_being_lost = True
+        if self._host is None and self._factory.is_listening_anywhere:
+            self._host = self.transport.getHost()
         if (
             self._phase is _OPEN
             and self._socket is not None
             and self._base is self.transport
             and not self._closed_by_server
             and not self._peer_eof
+            and not getattr(self._base, "read_failed", False)
         ):
             for data in kernel.rest_of_input(self._socket):
                 self.reader.data_received(data)
+
+    def lost(self, protocol: Any, reason: Failure) -> None:
+        """The socket is closed."""
+        self.connectionLost(reason)
+
+    def failed(self, failure: Failure) -> bool:
+        """Nothing of a handler's comes here: it is to be logged."""
+        return False
 
     def logPrefix(self) -> str:
         """How lines of Twisted's legacy log are marked."""
@@ -219,10 +267,12 @@ class StreamConnection(Connection[AddressT]):
         if self._is_held:
             self._is_held = False
             self.resume_reading()
+        elif self._chunks is None:
+            self.transport.resumeProducing()
         self._start(self._handler, self.peer, self.reader, self.writer)
 
     def close_now(self) -> None:
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return
         self._closed_by_server = True
         if self._base is None:
@@ -233,7 +283,7 @@ class StreamConnection(Connection[AddressT]):
 
     def abort(self) -> None:
         """Close with a reset."""
-        if self._aborted or self._is_being_lost or self.when_socket_closed.has_happened:
+        if self._aborted or self._is_being_lost or self.is_socket_closed:
             return
         self._aborted = True
         self._closed_by_server = True
@@ -271,11 +321,6 @@ class StreamConnection(Connection[AddressT]):
             self._reading_paused = False
             self.transport.resumeProducing()
 
-    def reading_wanted(self) -> None:
-        """There is room in the reader's buffer again."""
-        if self._reading_paused:
-            self.resume_reading()
-
     def close_by_reader(self) -> None:
         """The handler's own ``reader.close()``."""
         self.close_now()
@@ -296,7 +341,7 @@ class StreamConnection(Connection[AddressT]):
 
     def all_taken(self) -> None:
         """The kernel has all that was written: what waited for that goes on."""
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return  # By whoever was told just before.
         if self._phase is _FLUSHING:
             self._flush_done()
@@ -308,6 +353,18 @@ class StreamConnection(Connection[AddressT]):
         return self._factory.watch(self)
 
     @property
+    def host(self) -> Any:
+        """
+        The own address. Once the connection is gone, and nobody had asked before,
+        it is where the server listens, which is the same.
+        """
+        if self._host is None:
+            if self.is_socket_closed or self.transport is None:
+                return self._factory.listening_on()
+            self._host = self.transport.getHost()
+        return self._host
+
+    @property
     def can_half_close(self) -> bool:
         """Whether the write side can be closed alone."""
         return not self._is_tls and hasattr(self._base, "loseWriteConnection")
@@ -316,27 +373,35 @@ class StreamConnection(Connection[AddressT]):
 
     @property
     def _is_tls(self) -> bool:
-        return bool(ISSLTransport.providedBy(self.transport))
+        return self._chunks is not None and bool(
+            ISSLTransport.providedBy(self.transport)
+        )
 
     def _is_readable(self) -> bool:
-        return not self._peer_eof and not self.when_socket_closed.has_happened
+        return not self._peer_eof and not self.is_socket_closed
 
     def _begin_to_close(self, timeout: float) -> None:
         if (
             self._phase is not _OPEN
             or self._aborted
             or self._is_being_lost
-            or self.when_socket_closed.has_happened
+            or self.is_socket_closed
         ):
             return
         self._phase = _FLUSHING
         self._flush_timeout = timeout
+        self.dataReceived = self._discard
         # Input is read and discarded from now on: a client that sends all it has
         # before it reads anything would otherwise never come to read.
-        self.resume_reading()
-        if not self.writer.bytes_to_write:
+        if self._reading_paused:
+            self.resume_reading()
+        if self._chunks is None:
+            self._base.flush_now()
+        if self._phase is _FLUSHING and not (
+            self.is_socket_closed or self.writer.bytes_to_write
+        ):
             self._flush_done()
-        if not self.when_socket_closed.has_happened:
+        if not self.is_socket_closed:
             self._progress = (self._taken_by_client(), self.watch())
         # Last, since whoever reads may do anything now.
         self.reader.feed_eof()
@@ -365,7 +430,11 @@ class StreamConnection(Connection[AddressT]):
 
     def _close_orderly(self) -> None:
         """Close the socket, unless that is what is going on."""
-        if not self._is_being_lost and not self._close_socket(self.transport):
+        if self._is_being_lost:
+            return
+        if self._chunks is None:
+            self._base.connectionLost(CLOSED)
+        elif not self._close_socket(self.transport):
             self._shut_off_producer()
             self.transport.loseConnection()
 
@@ -376,7 +445,7 @@ class StreamConnection(Connection[AddressT]):
 
         :returns: whether there is anything left to look after.
         """
-        if self.when_socket_closed.has_happened:
+        if self.is_socket_closed:
             return False
         limit = self._factory.settings.buffer_age_limit
         age = self.writer.age(now)
@@ -393,7 +462,7 @@ class StreamConnection(Connection[AddressT]):
         elif self._phase is _OPEN:
             return bool(self.writer.bytes_to_write)
         self._look_for_progress(now)
-        return not self.when_socket_closed.has_happened
+        return not self.is_socket_closed
 
     def _client_does_not_read(self, age: float, limit: float) -> None:
         error = self.writer.too_old(age, limit)

@@ -589,7 +589,5 @@ class Client(TwistedProtocol):
             if not self.reader.has_eof:
                 self.transport.resumeProducing()
 
-    reading_wanted = resume_reading
-
     def close_by_reader(self) -> None:
         self.close()

@@ -1,48 +1,149 @@
 """
-Server-side transports that say how much they have sent.
+What a connection is told by its transport beyond what Twisted tells protocols.
 
-Twisted's transports tell their producer when they have sent everything, and
-nobody how far they are. A slow client's bytes have an age, and a flush has an
-end, before everything later is sent too (spec S5, S6). ``Port.transport`` is
-Twisted's documented hook for the class of the transports.
+Twisted's transports tell nobody how far they are with sending. But a slow
+client's bytes have an age, and a flush has an end, before everything later is
+sent too (spec S5, S6). And what a client sent before its reset is to be read
+before the socket is closed (S8). The transports of :mod:`tcpsvc.engine` tell a
+:class:`Watcher`; so do Twisted's own with what is mixed in here.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+_log = Logger(namespace="tcpsvc")
 
 
-class _Counting:
+class Watcher(Protocol):
+    """Who is told: a connection."""
+
+    def blocked(self) -> None:
+        """Bytes wait in this process: the kernel has not taken them at once."""
+
+    def sent(self) -> None:
+        """The kernel has taken more of them, or all."""
+
+    def losing(self) -> None:
+        """The socket is about to be closed, and can still be read."""
+
+    def lost(self, protocol: Any, reason: Failure) -> None:
+        """It is closed. To be told to the protocol, which is not told else."""
+
+    def failed(self, failure: Failure) -> bool:
+        """The protocol has raised. Returns whether that is dealt with."""
+
+
+def tells(transport: Any) -> bool:
     """
-    Mixed into a transport class.
+    Whether a transport has a ``watcher`` of its own. Its class is asked: wrapping
+    protocols pass on what the transport below them has.
+    """
+    return hasattr(type(transport), "watcher")
 
-    :ivar total_sent: how many bytes the kernel has taken.
-    :ivar on_sent: called after each send.
+
+class Watched:
+    """
+    Mixed into a server transport of Twisted's: it may have a watcher.
+
+    :ivar watcher: who is told.
+    :ivar tells_flush: set to be told of the next flush, even if it leaves nothing.
+    :ivar read_failed: whether it was a failed read that ended the connection: then
+        nothing is left to be read.
+    :ivar tells_errors: whether the watcher is told what the protocol raises in
+        ``dataReceived``.
     """
 
-    total_sent = 0
-    on_sent: Callable[[], None] | None = None
+    watcher: Watcher | None = None
+    tells_flush = False
+    read_failed = False
+    tells_errors = False
 
-    def writeSomeData(self, data: Any) -> Any:
-        """Send, and count."""
-        sent = super().writeSomeData(data)  # type: ignore[misc]
-        if isinstance(sent, int) and sent > 0:
-            self.total_sent += sent
-        return sent
+    @property
+    def unsent(self) -> int:
+        """How many bytes of what was written the kernel has not taken yet."""
+        return len(self.dataBuffer) - self.offset + self._tempDataLen  # type: ignore[attr-defined,no-any-return]
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """The client's FIN."""
+        protocol = IHalfCloseableProtocol(self.protocol, None)  # type: ignore[attr-defined]
+        if protocol is None:
+            self.connectionLost(reason)  # type: ignore[attr-defined]
+        else:
+            self._tell_protocol(protocol.readConnectionLost)
+
+    def _closeWriteConnection(self) -> None:
+        """All is sent: close the write side."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)  # type: ignore[attr-defined]
+        except OSError:
+            pass
+        protocol = IHalfCloseableProtocol(self.protocol, None)  # type: ignore[attr-defined]
+        if protocol is not None:
+            self._tell_protocol(protocol.writeConnectionLost)
+
+    def _tell_protocol(self, method: Callable[[], None]) -> None:
+        try:
+            method()
+        except BaseException:
+            failure = Failure()
+            if self.watcher is not None and self.watcher.failed(failure):
+                return
+            _log.failure("Unhandled Error", failure=failure)
+            self.connectionLost(failure)  # type: ignore[attr-defined]
+
+
+class _Telling(Watched):
+    """Mixed into a transport that is served by the reactor, as Twisted's are."""
+
+    def write(self, data: Any) -> None:
+        """Write, and tell when nothing waited before."""
+        waited = self.unsent
+        super().write(data)  # type: ignore[misc]
+        if not waited and self.watcher is not None and self.unsent:
+            self.watcher.blocked()
+
+    def flush_now(self) -> None:
+        """The reactor will: nothing is sent before it says that there is room."""
 
     def doWrite(self) -> Any:
         """Send, and tell."""
-        result = super().doWrite()  # type: ignore[misc]
-        if self.on_sent is not None:
-            self.on_sent()
-        return result
+        why = super().doWrite()  # type: ignore[misc]
+        if self.watcher is not None and why is None:
+            self.watcher.sent()
+        return why
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Tell before, and have the watcher tell the protocol."""
+        watcher = self.watcher
+        if watcher is not None and hasattr(self, "socket"):
+            watcher.losing()
+            protocol = self.protocol  # type: ignore[has-type]
+            self.protocol = _Lost(watcher, protocol)
+        super().connectionLost(reason)  # type: ignore[misc]
+
+
+class _Lost:
+    """Passes a transport's last word through its watcher."""
+
+    def __init__(self, watcher: Watcher, protocol: Any) -> None:
+        self._watcher = watcher
+        self._protocol = protocol
+
+    def connectionLost(self, reason: Failure) -> None:
+        self._watcher.lost(self._protocol, reason)
 
 
 @cache
-def counting(transport_class: type) -> type:
-    """The class of a port's transports, made to count."""
+def telling(transport_class: type) -> type:
+    """The class of a port's transports, made to tell."""
     if not hasattr(transport_class, "writeSomeData"):
         return transport_class
-    return type(f"Counting{transport_class.__name__}", (_Counting, transport_class), {})
+    return type(f"Telling{transport_class.__name__}", (_Telling, transport_class), {})

@@ -2,14 +2,13 @@
 The writing half of a connection: a buffer in front of the transport, and what is
 known of it (spec S4 to S6).
 
-Bytes are *taken* when the kernel has them. The transport holds at most
-:data:`CHUNK` of ours at a time and says when it has sent them all, as it says to
-any pull producer; the rest waits here, where it can be counted and aged.
+Bytes are *taken* when the kernel has them. Until then they wait in the writer's
+output, which says how many they are: the transport itself where it can say that
+(:mod:`tcpsvc.transport`), else :class:`tcpsvc.chunks.Chunks` in front of it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
@@ -23,9 +22,25 @@ from tcpsvc.interfaces import IWriter
 
 
 class Output(Protocol):
-    """What a writer writes to: a connection that says what it has sent."""
+    """
+    Where bytes wait until the kernel takes them.
 
-    when_socket_closed: Event
+    :ivar unsent: how many do.
+    :ivar tells_flush: set when the connection is to be told (``sent``) of the next
+        flush, even if nothing was left by it.
+    """
+
+    tells_flush: bool
+
+    @property
+    def unsent(self) -> int: ...
+
+    def write(self, data: bytes) -> None:
+        """Send, or let wait."""
+
+
+class Written(Protocol):
+    """What a writer asks of its connection."""
 
     @property
     def peer(self) -> Any:
@@ -40,14 +55,12 @@ class Output(Protocol):
         """What it goes through."""
 
     @property
+    def when_socket_closed(self) -> Event:
+        """The end of the connection's socket."""
+
+    @property
     def can_half_close(self) -> bool:
         """Whether the write side can be closed alone."""
-
-    def may_write(self) -> bool:
-        """Whether the transport is ready for bytes at all."""
-
-    def write_to_transport(self, data: bytes) -> bool:
-        """Hand bytes on. Returns whether they count as taken at once."""
 
     def all_taken(self) -> None:
         """The kernel has all that was written."""
@@ -62,10 +75,20 @@ class Output(Protocol):
         """Close with a reset."""
 
 
-#: How many bytes the transport is given at a time.
-CHUNK = 128 * 1024
-
 _OPEN, _EOF, _CLOSED = "open", "eof written", "closed"
+
+
+class _Nowhere:
+    """The output of a connection that is not there, or no longer."""
+
+    tells_flush = False
+    unsent = 0
+
+    def write(self, data: bytes) -> None:
+        """Drop them."""
+
+
+_NOWHERE: Output = _Nowhere()
 
 
 @implementer(IWriter)
@@ -84,32 +107,32 @@ class Writer:
         "_flushing",
         "_has_ended",
         "_is_gone",
+        "_is_open",
         "_limit",
         "_marks",
-        "_offset",
-        "_queue",
+        "_output",
         "_state",
-        "_passed",
-        "bytes_taken",
+        "_unsent_at_end",
         "bytes_written",
     )
 
-    def __init__(self, connection: Output, limit: int) -> None:
+    def __init__(self, connection: Written, limit: int) -> None:
         self._connection = connection
         self._limit = limit
+        self._output: Output = _NOWHERE
         self._state = _OPEN
         self._is_gone = False
         self._has_ended = False
-        self._queue: deque[bytes] = deque()
-        self._offset = 0
+        #: Whether what is written goes anywhere: it is neither closed, nor gone,
+        #: nor has its handler ended.
+        self._is_open = True
         self.bytes_written = 0
-        #: Of these the transport was given so many, and the kernel took so many.
-        self._passed = 0
-        self.bytes_taken = 0
-        self._flushing: list[tuple[int, Deferred[None]]] = []
-        self._draining: list[Deferred[None]] = []
-        self._consumer_left = Event()
-        self._marks: deque[tuple[int, float]] = deque()
+        self._unsent_at_end = 0
+        self._flushing: list[tuple[int, Deferred[None]]] | None = None
+        self._draining: list[Deferred[None]] | None = None
+        self._consumer_left: Event | None = None
+        #: How many bytes had been written at which times, while some of them wait.
+        self._marks: list[tuple[int, float]] | None = None
         self._age_error: BufferAgeLimitExceeded | None = None
 
     # For handlers.
@@ -127,23 +150,12 @@ class Writer:
             if not isinstance(data, (bytes, bytearray, memoryview)):
                 raise TypeError(f"data={data!r:.40} is not bytes-like")
             data = bytes(data)
-        if self._state is not _OPEN:
+        if self._is_open:
+            self.bytes_written += len(data)
+            self._output.write(data)
+        elif self._state is not _OPEN:
             end = "write_eof" if self._state is _EOF else "close"
             raise RuntimeError(f"write after {end}() of the writer")
-        if self._is_gone or self._has_ended or not data:
-            return
-        self.bytes_written += len(data)
-        if not self._marks:
-            self._mark()
-        if (
-            self._queue
-            or len(data) > CHUNK - (self._passed - self.bytes_taken)
-            or not self._connection.may_write()
-        ):
-            self._queue.append(data)
-            self._feed()
-        else:
-            self._pass(data)
 
     def writelines(self, lines: Iterable[bytes]) -> None:
         """Write several pieces of bytes as one (spec S5)."""
@@ -159,10 +171,14 @@ class Writer:
         :raises BufferAgeLimitExceeded: the client stopped reading (S6).
         :raises RuntimeError: after this writer's own :meth:`close`.
         """
-        self._check()
-        if self.bytes_to_write > self._limit:
+        if not self._is_open:
+            self._check()
+        if self._output.unsent > self._limit:
+            if self._draining is None:
+                self._draining = []
             waiter: Deferred[None] = Deferred(self._drain_cancelled)
             self._draining.append(waiter)
+            self._output.tells_flush = True
             await waiter
 
     def flushed(self) -> Deferred[None]:
@@ -177,10 +193,11 @@ class Writer:
             return fail(error)
         if not self.bytes_to_write:
             return succeed(None)
-        target = self.bytes_written
-
+        if self._flushing is None:
+            self._flushing = []
         waiter: Deferred[None] = Deferred(self._flush_cancelled)
-        self._flushing.append((target, waiter))
+        self._flushing.append((self.bytes_written, waiter))
+        self._output.tells_flush = True
         return waiter
 
     def close(self) -> None:
@@ -192,6 +209,7 @@ class Writer:
         """
         if self._state is not _CLOSED:
             self._state = _CLOSED
+            self._is_open = False
             self._connection.close_by_writer()
 
     def close_finished(self) -> Deferred[None]:
@@ -223,7 +241,10 @@ class Writer:
             if not self.can_write_eof:
                 raise RuntimeError("write_eof: this transport has no half-close")
             self._state = _EOF
-            if not self._is_gone and not self.bytes_to_write:
+            self._is_open = False
+            if self.bytes_to_write:
+                self._output.tells_flush = True
+            elif not self._is_gone:
                 self._connection.all_taken()
         elif self._state is _CLOSED:
             raise RuntimeError("write_eof after close() of the writer")
@@ -231,7 +252,13 @@ class Writer:
     @property
     def bytes_to_write(self) -> int:
         """How many bytes the kernel has not taken yet, and still may."""
-        return 0 if self._is_gone else self.bytes_written - self.bytes_taken
+        return 0 if self._is_gone else self._output.unsent
+
+    @property
+    def bytes_taken(self) -> int:
+        """How many bytes the kernel has taken so far."""
+        unsent = self._unsent_at_end if self._is_gone else self._output.unsent
+        return self.bytes_written - unsent
 
     def consumer_left(self) -> Deferred[None]:
         """
@@ -239,6 +266,8 @@ class Writer:
             or a failed send, is seen. Not at its FIN, which says only that it
             sends no more.
         """
+        if self._consumer_left is None:
+            self._consumer_left = Event()
         return self._consumer_left.wait()
 
     def abort(self) -> None:
@@ -274,33 +303,46 @@ class Writer:
         """Whether :meth:`write_eof` was called and nothing has ended it since."""
         return self._state is _EOF
 
-    def resume(self) -> None:
-        """The transport has sent all it was given."""
-        self.taken(self._passed)
+    def write_to(self, output: Output) -> None:
+        """The connection is there: this takes the bytes."""
+        self._output = output
 
-    def taken(self, total: int) -> None:
-        """The kernel has taken so many of the bytes that the transport was given."""
+    def blocked(self) -> None:
+        """Bytes have begun to wait: remember since when, and have them watched."""
+        if self._marks is None and not self._is_gone:
+            self._marks = [(self.bytes_written, self._connection.watch())]
+
+    def sent(self) -> None:
+        """The kernel has taken more, or all, of what waited."""
         if self._is_gone:
             return
-        self.bytes_taken = max(self.bytes_taken, min(total, self._passed))
-        self._feed()
-        self._tell_waiters()
-        if not self.bytes_to_write:
+        unsent = self._output.unsent
+        if not unsent:
+            self._marks = None
+        if self._flushing or self._draining:
+            self._tell_waiters()
+        if not unsent and not self._is_open:
             self._connection.all_taken()
 
     def handler_ended(self) -> None:
         """What was written so far is all: who kept the writer cannot add to it."""
         self._has_ended = True
+        self._is_open = False
 
     def consumer_has_left(self) -> None:
         """A reset or a failed send was seen."""
+        if self._consumer_left is None:
+            self._consumer_left = Event()
         self._consumer_left.happen()
 
     def gone(self) -> None:
         """The connection is closed: nothing can be sent any more."""
-        self._is_gone = True
-        self._queue.clear()
-        self._marks.clear()
+        if not self._is_gone:
+            self._unsent_at_end = self._output.unsent
+            self._is_gone = True
+            self._is_open = False
+            self._output = _NOWHERE
+            self._marks = None
 
     def tell_gone(self) -> None:
         """Who waits is told that the connection is gone."""
@@ -316,9 +358,14 @@ class Writer:
         the interval of the calls. 0 when nothing waits.
         """
         marks = self._marks
-        while marks and marks[0][0] <= self.bytes_taken:
-            marks.popleft()
-        if self.bytes_to_write and (not marks or marks[-1][0] < self.bytes_written):
+        if not marks:
+            return 0.0
+        taken = self.bytes_taken
+        while marks and marks[0][0] <= taken:
+            marks.pop(0)
+        if taken < self.bytes_written and (
+            not marks or marks[-1][0] < self.bytes_written
+        ):
             marks.append((self.bytes_written, now))
         return now - marks[0][1] if marks else 0.0
 
@@ -328,54 +375,28 @@ class Writer:
         self._age_error.connection = self._connection
         return self._age_error
 
-    # The buffer.
-
-    def _mark(self) -> None:
-        """Remember when the oldest bytes were written, and have them watched."""
-        self._marks.append((self.bytes_written, self._connection.watch()))
-
-    def _feed(self) -> None:
-        """Give the transport the next chunk, if it has room."""
-        queue = self._queue
-        while queue and self._connection.may_write():
-            room = CHUNK - (self._passed - self.bytes_taken)
-            if not room:
-                break
-            first = queue[0]
-            if not self._offset and len(first) <= room:
-                piece = queue.popleft()
-            else:
-                piece = first[self._offset : self._offset + room]
-                self._offset += len(piece)
-                if self._offset == len(first):
-                    queue.popleft()
-                    self._offset = 0
-            self._pass(piece)
-
-    def _pass(self, data: bytes) -> None:
-        self._passed += len(data)
-        if self._connection.write_to_transport(data):
-            self.bytes_taken = self._passed
+    # Who waits.
 
     def _tell_waiters(self) -> None:
-        if not self._flushing and not self._draining:
-            return
         # All at once: the first to be told may end the connection, which makes
         # nothing undone that the others wait for.
-        told = [waiter for end, waiter in self._flushing if end <= self.bytes_taken]
-        del self._flushing[: len(told)]
-        if self.bytes_to_write <= self._limit:
+        told: list[Deferred[None]] = []
+        if self._flushing:
+            taken = self.bytes_taken
+            told = [waiter for end, waiter in self._flushing if end <= taken]
+            del self._flushing[: len(told)]
+        if self._draining and self.bytes_to_write <= self._limit:
             told += self._draining
-            self._draining.clear()
+            self._draining = None
         for waiter in told:
             if not waiter.called:
                 waiter.callback(None)
 
     def _flush_cancelled(self, waiter: Deferred[None]) -> None:
-        self._flushing = [entry for entry in self._flushing if entry[1] is not waiter]
+        self._flushing = [e for e in self._flushing or () if e[1] is not waiter]
 
     def _drain_cancelled(self, waiter: Deferred[None]) -> None:
-        self._draining = [other for other in self._draining if other is not waiter]
+        self._draining = [d for d in self._draining or () if d is not waiter]
 
     def _check(self) -> None:
         if self._state is _CLOSED:

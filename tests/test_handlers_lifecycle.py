@@ -20,7 +20,7 @@ from zope.interface import implementer
 from tcpsvc import ConnectionGone, Server, ServerFactory, WhereToListen
 from tests.support import in_thread, the_reactor, turn, until
 
-PAYLOAD = b"x" * 3_000_000
+PAYLOAD = b"x" * 8_000_000
 
 
 class Errors:

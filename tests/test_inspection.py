@@ -232,6 +232,7 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "backlog": 11,
         "drop_incoming_connections": True,
         "keepalive": True,
+        "engine": "reactor",
         "buffer_age_limit": 12.5,
         "flush_timeout": 2.5,
         "reader_buffer_size": 1234,

@@ -62,7 +62,7 @@ class Wire:
                 else:
                     self.reader.data_received(data)
                     self.most_buffered = max(
-                        self.most_buffered, len(self.reader._buffer)
+                        self.most_buffered, self.reader.bytes_buffered
                     )
             self._is_delivering = False
         return self
@@ -73,9 +73,6 @@ class Wire:
     def resume_reading(self) -> None:
         # A reactor delivers in a later turn; flush() is that turn.
         self.is_paused = False
-
-    def reading_wanted(self) -> None:
-        self.resume_reading()
 
     def close_by_reader(self) -> None:
         self.is_closed = True

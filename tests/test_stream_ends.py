@@ -830,8 +830,8 @@ async def test_nothing_is_left_of_connections_however_they_ended(
             if how == "":
                 client.reset()
             client.close()
-    await until(lambda: server.num_connections == 0)
-    assert server.describe()["counters"]["accepted"] == 70
+    counters = server._factory.counters
+    await until(lambda: counters.accepted == 70 and server.num_connections == 0)
     await turn()
     assert living() == before
 

@@ -186,7 +186,7 @@ async def test_bytes_to_write_are_those_the_kernel_has_not_taken(scene: Any) -> 
     s = await scene()
     assert s.writer.bytes_to_write == 0
     s.writer.write(MUCH)
-    assert s.writer.bytes_to_write == len(MUCH)
+    assert 0 < s.writer.bytes_to_write <= len(MUCH)
     for _ in range(20):
         await turn()
     assert 0 < s.writer.bytes_to_write <= len(MUCH)
@@ -610,12 +610,12 @@ async def test_write_eof_on_what_is_gone_does_nothing(scene: Any) -> None:
 async def test_close_from_a_flushed_callback_closes_once(scene: Any) -> None:
     """S5, S8: from inside of the transport's write; the slot is kept."""
     s = await scene()
-    s.writer.write(b"all")
+    s.writer.write(MUCH)
     flushing = [
         outcome(s.writer.flushed().addCallback(lambda _: s.writer.close()))
         for _ in range(3)
     ]
-    assert await in_thread(s.client.read_all) == b"all"
+    assert await in_thread(s.client.read_all) == MUCH
     s.client.close()
     await ended(outcome(s.writer.close_finished()))
     # All had been taken before the first of them closed it.

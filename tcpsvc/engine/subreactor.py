@@ -1,0 +1,411 @@
+"""
+A reactor within the reactor: one epoll object that watches all connections of
+one Twisted reactor, itself a single readable descriptor of it.
+
+Twisted spends some 4 µs on each ready descriptor before its transport is asked
+to read. Here one ``poll`` tells of every connection that is ready, and a plain
+loop serves them. It works in every reactor that can watch a descriptor; the
+application's other descriptors and timers stay where they are.
+
+How a turn goes::
+
+    the main reactor sees the epoll descriptor readable
+        └─ doRead: poll once, then for each connection that is ready
+               serve it (read, or write, or lose it), then
+               flush what was written meanwhile, to it or to others
+
+- A turn is bounded by :data:`TURN`; what is left is served in the next one, first
+  and in its order, so nobody is passed over.
+- When turns take too long, less is read from each connection at a time: see
+  :attr:`SubReactor.receive_size`.
+- A descriptor that was closed and opened again within a turn is not served by
+  what the kernel said of the old one: see :meth:`SubReactor._forget`.
+"""
+
+from __future__ import annotations
+
+import select
+from time import monotonic
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from twisted.internet.error import ConnectionDone, ConnectionFdescWentAway
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.logger import Logger
+from twisted.python import context
+from twisted.python.failure import Failure
+from twisted.python.log import ILogContext
+from zope.interface import implementer
+
+_log = Logger(namespace="tcpsvc")
+
+#: How long connections are served before the main reactor's other descriptors
+#: and timers have their turn, in seconds.
+TURN = 0.005
+
+#: How many ready connections the kernel is asked for at a time. Each costs it 12
+#: bytes of memory for the call.
+MOST_EVENTS = 512
+
+#: How many bytes are read from a connection at a time: as many as Twisted reads,
+#: fewer while turns are too long.
+MOST_RECEIVED = 65536
+LEAST_RECEIVED = 4096
+
+_IN: int = getattr(select, "EPOLLIN", 0)
+_OUT: int = getattr(select, "EPOLLOUT", 0)
+_DISCONNECTED: int = getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR", 0)
+
+_DONE = Failure(CONNECTION_DONE)
+_LOST = Failure(CONNECTION_LOST)
+
+
+class _LogContext(dict[str, Any]):
+    """
+    What legacy log lines are marked with: whoever is being served when one is
+    written, asked then and not at each event. Twisted copies it for each line.
+    """
+
+    def __init__(self, group: SubReactor, outer: dict[str, Any]) -> None:
+        super().__init__(outer)
+        self._group = group
+
+    def __getitem__(self, key: str) -> Any:
+        served = self._group.served
+        if key == "system" and served is not None:
+            return served.logPrefix()
+        return super().__getitem__(key)
+
+    def copy(self) -> dict[str, Any]:
+        """The context of one line."""
+        return {key: self[key] for key in self}
+
+
+@implementer(IReactorFDSet, IReadDescriptor)
+class SubReactor:
+    """
+    Watches connections for one reactor. There is one for each: :meth:`of`.
+
+    It is in the main reactor while it watches anything, or while somebody has
+    asked it to stay (:meth:`stay`).
+
+    :ivar reactor: the main reactor.
+    :ivar is_serving: whether a turn is going on. Then what is written is sent when
+        the connection that is being served has been.
+    :ivar turn: how many turns there have been.
+    :ivar due: connections with something to flush after that.
+    :ivar served: the connection that is being served.
+    :ivar receive_size: how many bytes to read at a time. A handler that works off
+        a full 64 KiB of small requests takes milliseconds; with many of those a
+        turn that took too long halves this, and one that did not doubles it.
+    """
+
+    _all: WeakKeyDictionary[Any, SubReactor] = WeakKeyDictionary()
+
+    def __init__(self, reactor: Any) -> None:
+        self.reactor = reactor
+        self.is_serving = False
+        self.turn = 0
+        self.due: list[Any] = []
+        self.served: Any = None
+        self.receive_size = MOST_RECEIVED
+        self._poller: Any = None
+        #: Who is watched, by descriptor, and for what.
+        self._selectables: dict[int, Any] = {}
+        self._interests: dict[int, int] = {}
+        #: Who came in the course of a turn.
+        self._late: dict[int, Any] = {}
+        #: Ready, and not served yet when the last turn was over.
+        self._left: dict[int, int] = {}
+        self._stays = 0
+
+    @classmethod
+    def of(cls, reactor: Any) -> SubReactor:
+        """The one of a reactor."""
+        found = cls._all.get(reactor)
+        if found is None:
+            found = cls._all[reactor] = cls(reactor)
+        return found
+
+    def stay(self) -> None:
+        """
+        Stay in the main reactor, although nothing is watched, until
+        :meth:`may_leave`: a server with one client at a time would have it come
+        and go with each.
+
+        :raises OSError: no descriptor could be had.
+        """
+        self._stays += 1
+        self._open()
+
+    def may_leave(self) -> None:
+        """The end of a :meth:`stay`."""
+        self._stays -= 1
+        self._close_if_idle()
+
+    # IReactorFDSet: who is watched, and for what.
+
+    def addReader(self, reader: Any) -> None:
+        """Watch a connection for input."""
+        self._watch(reader, reader.fileno(), _IN)
+
+    def addWriter(self, writer: Any) -> None:
+        """Watch a connection for room to send."""
+        self._watch(writer, writer.fileno(), _OUT)
+
+    def removeReader(self, reader: Any) -> None:
+        """Watch it for input no longer."""
+        self._unwatch(reader, _IN)
+
+    def removeWriter(self, writer: Any) -> None:
+        """Watch it for room no longer."""
+        self._unwatch(writer, _OUT)
+
+    def remove(self, selectable: Any) -> None:
+        """Watch it no longer at all."""
+        self._unwatch(selectable, _IN | _OUT)
+
+    def removeAll(self) -> list[Any]:
+        """Watch nobody any more. Returns who was watched."""
+        watched = list(self._everybody())
+        for selectable in watched:
+            self.remove(selectable)
+        return watched
+
+    def getReaders(self) -> list[Any]:
+        """Who is watched for input."""
+        return self._interested(_IN)
+
+    def getWriters(self) -> list[Any]:
+        """Who is watched for room."""
+        return self._interested(_OUT)
+
+    def _everybody(self) -> list[Any]:
+        return [*self._selectables.values(), *self._late.values()]
+
+    def _interested(self, event: int) -> list[Any]:
+        return [s for s in self._everybody() if self._interests[s.fileno()] & event]
+
+    def _watch(self, selectable: Any, fd: int, event: int) -> None:
+        before = self._interests.get(fd)
+        if before is None:
+            if self._poller is None:
+                self._open()
+            self._poller.register(fd, event)
+            self._interests[fd] = event
+            # What the kernel has said before is not of this one.
+            (self._late if self.is_serving else self._selectables)[fd] = selectable
+        elif not before & event:
+            self._poller.modify(fd, before | event)
+            self._interests[fd] = before | event
+
+    def _unwatch(self, selectable: Any, event: int) -> None:
+        fd = selectable.fileno()
+        if fd not in self._interests:
+            if fd >= 0:
+                return
+            # Its socket was closed behind its back.
+            fd = next((f for f, s in self._selectables.items() if s is selectable), -1)
+            if fd < 0:
+                return
+        before = self._interests[fd]
+        after = before & ~event
+        if after == before:
+            return
+        if after:
+            self._poller.modify(fd, after)
+            self._interests[fd] = after
+        else:
+            self._forget(fd)
+        # It may have been ready for what is no longer wanted.
+        if self._left:
+            self._left.pop(fd, None)
+
+    def _forget(self, fd: int) -> None:
+        """
+        From now on an event of this descriptor that is still to be served is
+        nobody's: it is in neither dictionary, and whoever opens the descriptor
+        anew within this turn is in ``_late`` until the end of it.
+        """
+        del self._interests[fd]
+        if self._selectables.pop(fd, None) is None:
+            self._late.pop(fd, None)
+        try:
+            self._poller.unregister(fd)
+        except OSError:
+            pass  # Closed behind its back; the kernel has done it.
+        if not self._interests and not self.is_serving:
+            self._close_if_idle()
+
+    # The own descriptor, in the main reactor.
+
+    def _open(self) -> None:
+        if self._poller is None:
+            self._poller = select.epoll()
+            self.reactor.addReader(self)
+
+    def _close_if_idle(self) -> None:
+        if self._poller is not None and not self._interests and self._stays <= 0:
+            self.reactor.removeReader(self)
+            self._poller.close()
+            self._poller = None
+
+    def fileno(self) -> int:
+        """The epoll object's."""
+        return -1 if self._poller is None else cast(int, self._poller.fileno())
+
+    def logPrefix(self) -> str:
+        """How lines of Twisted's legacy log are marked that are of no connection."""
+        return "tcpsvc"
+
+    def connectionLost(self, reason: Failure) -> None:
+        """
+        The main reactor lets go of all its descriptors, at its end or at
+        ``removeAll``: so do we.
+        """
+        for selectable in self.removeAll():
+            self._lose(selectable, reason)
+        self._close_if_idle()
+
+    # A turn.
+
+    def doRead(self) -> None:
+        """Some connections are ready: serve them."""
+        outer = context.get(ILogContext) or {}
+        context.call({ILogContext: _LogContext(self, outer)}, self._serve)
+
+    def _serve(self) -> None:
+        if self._left:
+            events = list(self._left.items())
+            self._left.clear()
+        else:
+            events = self._poller.poll(0, MOST_EVENTS)
+        is_nested = self.is_serving  # A handler has called reactor.iterate().
+        outer = self.served
+        self.is_serving = True
+        self.turn += 1
+        end = monotonic() + TURN
+        selectables = self._selectables
+        due = self.due
+        try:
+            for served, (fd, event) in enumerate(events, 1):
+                selectable = selectables.get(fd)
+                if selectable is None:
+                    continue
+                self.served = selectable
+                if event == _IN:
+                    try:
+                        why = selectable.doRead()
+                    except BaseException:
+                        why = self._raised(selectable)
+                    if why is not None:
+                        self._disconnect(selectable, why, is_read=True)
+                else:
+                    self._serve_other(selectable, fd, event)
+                if due:
+                    self._flush()
+                if monotonic() > end:
+                    self._left.update(events[served:])
+                    if self.receive_size > LEAST_RECEIVED:
+                        self.receive_size //= 2
+                    break
+            else:
+                if self.receive_size < MOST_RECEIVED:
+                    self.receive_size *= 2
+        finally:
+            self.is_serving = is_nested
+            self.served = outer
+            if due:
+                self._flush_later()
+            if not is_nested:
+                if self._late:
+                    selectables.update(self._late)
+                    self._late.clear()
+                if not self._interests:
+                    self._close_if_idle()
+
+    def _serve_other(self, selectable: Any, fd: int, event: int) -> None:
+        """As Twisted's reactors do, whatever it is that is ready."""
+        if event & _DISCONNECTED and not event & _IN:
+            # No input is left, or none is wanted.
+            is_reading = self._interests[fd] & _IN
+            why = CONNECTION_DONE if is_reading else CONNECTION_LOST
+            self._disconnect(selectable, why, is_read=bool(is_reading))
+            return
+        is_read = False
+        why = None
+        try:
+            if selectable.fileno() == -1:
+                why = ConnectionFdescWentAway("File descriptor lost")
+            else:
+                if event & _IN:
+                    is_read = True
+                    why = selectable.doRead()
+                if why is None and event & _OUT and selectable.connected:
+                    is_read = False
+                    why = selectable.doWrite()
+        except BaseException:
+            why = self._raised(selectable)
+        if why is not None:
+            self._disconnect(selectable, why, is_read=is_read)
+
+    def _raised(self, selectable: Any) -> Any:
+        """
+        A protocol has raised. As Twisted does: log it, lose the connection, go on.
+        """
+        failure = Failure()
+        if selectable.watcher is not None and selectable.watcher.failed(failure):
+            return None
+        _log.failure("Unhandled Error", failure=failure)
+        return failure.value
+
+    def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
+        if isinstance(why, ConnectionDone):
+            reason = _DONE
+        else:
+            reason = _LOST if why is CONNECTION_LOST else Failure(why)
+        if is_read and reason is _DONE:
+            self.removeReader(selectable)
+            try:
+                selectable.readConnectionLost(reason)
+            except BaseException:
+                _log.failure("Unhandled Error")
+        else:
+            self._lose(selectable, reason)
+
+    def _lose(self, selectable: Any, reason: Failure) -> None:
+        try:
+            selectable.connectionLost(reason)
+        except BaseException:
+            _log.failure("Unhandled Error")
+
+    def _flush(self) -> None:
+        """Send what was written while a connection was served."""
+        due = self.due
+        # A producer that is asked for more may write at once: that is for later,
+        # or a turn might never end.
+        flushed = due[:]
+        due.clear()
+        for transport in flushed:
+            if not transport.is_flush_due:
+                continue  # It was lost meanwhile.
+            try:
+                why = transport.flush()
+            except BaseException:
+                why = self._raised(transport)
+            if why is not None:
+                self._disconnect(transport, why, is_read=False)
+        if due:
+            self._flush_later()
+
+    def _flush_later(self) -> None:
+        for transport in self.due:
+            if transport.is_flush_due:
+                transport.wait_for_room()
+        self.due.clear()
+
+    def __repr__(self) -> str:
+        return (
+            f"<SubReactor of {len(self._interests)} connections: {self._everybody()}>"
+        )

@@ -1,0 +1,356 @@
+"""
+Twisted's server transports, made to send at once.
+
+Twisted's ``write`` never sends: it arms the reactor for writing, and the next turn
+sends and disarms, which is two system calls and some 6 µs for each answer. These
+send what was written while a connection was served as soon as it has been, in
+one ``send``, and fall back to Twisted's own queue for what the kernel did not
+take. Everything else of a transport is Twisted's: half-close, producers, TLS,
+the order of things at the end.
+
+This file knows the inside of :class:`twisted.internet.tcp.Server` and
+:class:`twisted.internet.unix.Server` (Twisted 24.7 to 26.10):
+
+- ``_tempDataBuffer``, ``_tempDataLen``, ``dataBuffer`` and ``offset``, the queue;
+  ``_writeDisconnected`` and ``_writeDisconnecting``; ``_closeWriteConnection``,
+  ``_postLoseConnection``, ``_closeSocket``, ``_maybePauseProducer``: none has a
+  public name;
+- ``twisted.internet._newtls.startTLS``, to which it says what is below TLS;
+- what ``__init__`` sets, since it is replaced: Twisted's formats two strings for
+  each connection, which nobody may ever look at.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from twisted.internet import tcp, unix
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.error import ConnectionAborted, ConnectionLost
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.python.failure import Failure
+
+from tcpsvc.engine.subreactor import SubReactor
+from tcpsvc.transport import Watched
+
+_LOST = Failure(CONNECTION_LOST)
+
+
+class _BelowTLS:
+    """What TLS that was started on a transport writes its own bytes with."""
+
+    @staticmethod
+    def write(transport: Any, data: bytes) -> None:
+        transport.write_below_tls(data)
+
+    @staticmethod
+    def writeSequence(transport: Any, pieces: Any) -> None:
+        transport.write_below_tls(b"".join(pieces))
+
+    loseConnection = FileDescriptor.loseConnection
+    registerProducer = FileDescriptor.registerProducer
+    unregisterProducer = FileDescriptor.unregisterProducer
+
+
+class _SendsAtOnce(Watched):
+    """
+    Mixed into a server transport of Twisted's.
+
+    :ivar is_flush_due: whether there will be a flush, or the kernel is asked to
+        say when there is room.
+    """
+
+    is_flush_due = False
+    #: Whether TLS was started on it. Said, since Twisted's class does not without
+    #: pyOpenSSL.
+    TLS = False
+    tells_errors = True
+    #: Its protocol while that hears of the loss, for the log.
+    _last_protocol: Any = None
+    #: The number of the turn after which it was flushed outside any.
+    _flushed_in = -1
+
+    def __init__(
+        self,
+        sock: Any,
+        protocol: Any,
+        client: Any,
+        server: Any,
+        sessionno: int,
+        reactor: Any,
+    ) -> None:
+        """As of the transport's Twisted class; ``reactor`` may be a sub-reactor."""
+        sock.setblocking(False)
+        self.socket = sock
+        self.fileno = sock.fileno
+        self.protocol = protocol
+        self.client = client
+        self.server = server
+        self.sessionno = sessionno
+        if type(reactor) is not SubReactor:
+            reactor = SubReactor.of(reactor)
+        self._group = reactor
+        self._tempDataBuffer: list[bytes] = []
+        self._tempDataLen = 0
+        self.connected = 1
+        if not getattr(protocol, "starts_reading_itself", False):
+            reactor.addReader(self)
+
+    # What Twisted works out for each connection, worked out when asked for.
+
+    @property
+    def reactor(self) -> Any:
+        """The main reactor."""
+        return self._group.reactor
+
+    @property
+    def hostname(self) -> Any:
+        return self.client[0]
+
+    @property
+    def _addressType(self) -> Any:
+        return IPv4Address if len(self.client) == 2 else IPv6Address
+
+    @cached_property
+    def logstr(self) -> str:
+        protocol = getattr(self, "protocol", self._last_protocol)
+        prefix = self._getLogPrefix(protocol)  # type: ignore[attr-defined]
+        return f"{prefix},{self.sessionno},{self.hostname}"
+
+    @cached_property
+    def repstr(self) -> str:
+        port = getattr(self.server, "_realPortNumber", None)
+        protocol = type(getattr(self, "protocol", None)).__name__
+        return f"<{protocol} #{self.sessionno} on {port}>"
+
+    # Reading.
+
+    def startReading(self) -> None:
+        self._group.addReader(self)
+
+    def stopReading(self) -> None:
+        self._group.removeReader(self)
+
+    def doRead(self) -> Any:
+        """Read once, as much as the sub-reactor says, and deliver it."""
+        try:
+            data = self.socket.recv(self._group.receive_size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.read_failed = True
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
+    # Writing.
+
+    def write(self, data: bytes) -> None:
+        if self.TLS:
+            if self.connected:
+                self.protocol.write(data)
+            return
+        self.write_below_tls(data)
+
+    def write_below_tls(self, data: bytes) -> None:
+        """Send bytes, not through TLS."""
+        if type(data) is not bytes and not isinstance(data, bytes):
+            raise TypeError("Data must be bytes")
+        if not self.connected or self._writeDisconnected or not data:  # type: ignore[attr-defined]
+            return
+        self._tempDataBuffer.append(data)
+        self._tempDataLen += len(data)
+        if self.producer is not None:  # type: ignore[attr-defined]
+            self._maybePauseProducer()  # type: ignore[attr-defined]
+        if not self.is_flush_due:
+            self._flush_soon()
+
+    def writeSequence(self, pieces: Any) -> None:
+        if self.TLS:
+            if self.connected:
+                self.protocol.writeSequence(pieces)
+            return
+        for piece in pieces:
+            if not isinstance(piece, bytes):
+                raise TypeError("Data must be bytes")
+        self.write_below_tls(b"".join(pieces))
+
+    def _flush_soon(self) -> None:
+        """Something was written, or is to end, and nothing is on its way."""
+        if self._aborting:  # type: ignore[attr-defined]
+            return
+        self.is_flush_due = True
+        group = self._group
+        if group.is_serving:
+            group.due.append(self)
+        elif self._flushed_in == group.turn or not self._is_plain_flush():
+            self.wait_for_room()
+        else:
+            # The first write since the last turn; what follows it goes together.
+            self._flushed_in = group.turn
+            if self.flush() is not None:
+                # Nobody hears of a lost connection from within a write: the
+                # kernel says it again, in a turn.
+                self.wait_for_room()
+
+    def wait_for_room(self) -> None:
+        """The kernel is to say when there is room; then this is flushed."""
+        self.is_flush_due = True
+        self._group.addWriter(self)
+        if self.watcher is not None and self.unsent:
+            self.watcher.blocked()
+
+    def _is_plain_flush(self) -> bool:
+        """Whether there is nothing but bytes to send."""
+        return (
+            bool(self._tempDataBuffer)
+            and self.producer is None
+            and not (self.disconnecting or self._writeDisconnecting)
+        )
+
+    def flush_now(self) -> None:
+        """Send what was written in this turn before the end of it."""
+        if self._tempDataLen and not self.dataBuffer:
+            why = self.flush()
+            if why is not None:
+                self.connectionLost(_LOST)
+
+    def startWriting(self) -> None:
+        """Twisted's methods call it for whatever is to happen at the next flush."""
+        if not self.is_flush_due:
+            self._flush_soon()
+
+    def stopWriting(self) -> None:
+        self.is_flush_due = False
+        self._group.removeWriter(self)
+
+    def flush(self) -> Any:
+        """
+        Send what was written since the last flush. Called by the sub-reactor;
+        nothing older waits, since then the kernel is to say when there is room.
+
+        :returns: why the connection is lost, or ``None``.
+        """
+        self.is_flush_due = False
+        pieces = self._tempDataBuffer
+        if pieces:
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            self._tempDataLen = 0
+            try:
+                sent = self.socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.dataBuffer = data  # It was not sent.
+                return CONNECTION_LOST
+            if sent != len(data):
+                self.dataBuffer = data
+                self.offset = sent
+                self.wait_for_room()
+                return None
+        if self.tells_flush:
+            self.tells_flush = False
+            self.watcher.sent()
+        if self.producer is None and not (  # type: ignore[attr-defined]
+            self.disconnecting or self._writeDisconnecting  # type: ignore[attr-defined]
+        ):
+            return None
+        return self._flushed()
+
+    def _flushed(self) -> Any:
+        """All is sent: what Twisted's ``doWrite`` does then."""
+        if self.producer is not None and (  # type: ignore[attr-defined]
+            not self.streamingProducer or self.producerPaused  # type: ignore[attr-defined]
+        ):
+            self.producerPaused = False
+            self.producer.resumeProducing()  # type: ignore[attr-defined]
+        elif self.disconnecting:  # type: ignore[attr-defined]
+            return self._postLoseConnection()  # type: ignore[attr-defined]
+        elif self._writeDisconnecting and not self._writeDisconnected:  # type: ignore[attr-defined]
+            self._writeDisconnected = True
+            return self._closeWriteConnection()  # type: ignore[attr-defined]
+        return None
+
+    def doWrite(self) -> Any:
+        """There is room: Twisted's way, since something waits."""
+        why = super().doWrite()  # type: ignore[misc]
+        if self.watcher is not None and why is None:
+            self.watcher.sent()
+        return why
+
+    # The end.
+
+    def connectionLost(self, reason: Failure) -> None:
+        if not hasattr(self, "socket"):
+            return  # Twisted's own sign that this has been.
+        watcher = self.watcher
+        if watcher is not None:
+            watcher.losing()
+        self.disconnected = 1
+        self.connected = 0
+        producer = self.producer  # type: ignore[has-type]
+        if producer is not None:
+            producer.stopProducing()
+            self.producer = None
+        self.is_flush_due = False
+        self._group.remove(self)
+        error = reason.value
+        if self.read_failed or not isinstance(error, ConnectionAborted):
+            if isinstance(error, ConnectionLost) and self.read_failed:
+                self.socket.close()  # The client has reset it: nothing to shut.
+            else:
+                self._closeSocket(True)  # type: ignore[attr-defined]
+        else:
+            self._closeSocket(False)  # type: ignore[attr-defined]
+        protocol = self.protocol
+        del self.protocol
+        del self.socket
+        del self.fileno
+        self._last_protocol = protocol
+        try:
+            if watcher is not None:
+                watcher.lost(protocol, reason)
+            else:
+                protocol.connectionLost(reason)
+        finally:
+            self._last_protocol = None
+
+    def startTLS(self, ctx: Any, normal: bool = True) -> None:
+        from twisted.internet import _newtls  # It needs pyOpenSSL.
+
+        _newtls.startTLS(self, ctx, normal, _BelowTLS)
+
+
+class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[misc]
+    """In the place of :class:`twisted.internet.tcp.Server`."""
+
+
+class UNIXServerTransport(_SendsAtOnce, unix.Server):  # type: ignore[misc]
+    """
+    In the place of :class:`twisted.internet.unix.Server`. It reads as Twisted
+    does, since descriptors may come with the bytes.
+    """
+
+    def __init__(self, sock: Any, protocol: Any, client: Any, *args: Any) -> None:
+        super().__init__(sock, protocol, (client, None), *args)
+        self._sendmsgQueue: list[int] = []
+
+    doRead = unix.Server.doRead
+
+    def _is_plain_flush(self) -> bool:
+        # A descriptor that is to be sent needs a byte to go with.
+        return False
+
+    def flush(self) -> Any:
+        """As of any transport; descriptors leave with the bytes beside them."""
+        if not self._sendmsgQueue:
+            return super().flush()
+        why = self.doWrite()
+        if why is None and self.is_flush_due:
+            self.wait_for_room()
+        return why
