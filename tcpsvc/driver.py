@@ -83,7 +83,7 @@ class Driver:
         run = self._run
         try:
             while True:
-                if isinstance(value, Failure):
+                if value is not None and isinstance(value, Failure):
                     waits = run(value.throwExceptionIntoGenerator, self._coroutine)
                 else:
                     waits = run(self._coroutine.send, value)

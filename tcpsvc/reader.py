@@ -140,6 +140,9 @@ class Reader:
                 size = found - position
                 if size > self._limit + 1:
                     self._overrun()
+                if size == len(self._data) and not self._is_paused:
+                    line, self._data = self._data, b""
+                    return line if type(line) is bytes else bytes(line)
                 return self._take(size)
             searched = len(self._data) - position
             if searched > self._limit:
@@ -303,7 +306,12 @@ class Reader:
         waiter = self._waiter
         if waiter is not None and size >= self._wake_at:
             self._waiter = None
-            waiter.wake()
+            driver = waiter.driver
+            if driver is None:
+                waiter.callback(None)
+            else:
+                waiter.driver = None
+                driver.resume(None)
             size = len(self._data) - self._position
         if size >= self._limit and self._waiter is None:
             self._pause()
@@ -355,7 +363,7 @@ class Reader:
         finally:
             self._waiter = None
             self._is_reading = False
-            if self.bytes_buffered >= self._limit:
+            if len(self._data) - self._position >= self._limit:
                 self._pause()
         if self._is_closed:
             raise RuntimeError("close() of the reader during a read")

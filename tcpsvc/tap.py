@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 import tcpsvc
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
+from tcpsvc.options import ENGINES
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
@@ -125,6 +126,12 @@ class Options(usage.Options):
             "Seconds that a stop waits for handlers before it closes what is left.",
             _number(float, "drain-timeout", 0),
         ],
+        [
+            "engine",
+            None,
+            "auto",
+            "What serves connections: auto (tcpsvc itself, if it can), or reactor.",
+        ],
     ]
     optFlags = [  # noqa: RUF012
         ["drop-incoming", None, "Accept clients and close them at once."],
@@ -135,6 +142,7 @@ class Options(usage.Options):
             "app-dir": usage.CompleteDirs(),
             "socket": usage.CompleteFiles(),
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
+            "engine": usage.CompleteList(list(ENGINES)),
         }
     )
 
@@ -201,6 +209,10 @@ class Options(usage.Options):
             raise usage.UsageError(
                 f"--on-handler-error {self['on-handler-error']}: not one of raise, "
                 "ignore, log"
+            )
+        if self["engine"] not in ENGINES:
+            raise usage.UsageError(
+                f"--engine {self['engine']}: not one of {', '.join(ENGINES)}"
             )
         if self["reuse-port"] and not self["port"]:
             raise usage.UsageError(
@@ -317,6 +329,7 @@ def _services(options: Options) -> list[TcpService]:
         "max_connections": options["max-connections"],
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
+        "engine": options["engine"],
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]

@@ -32,6 +32,7 @@ from twisted.internet.endpoints import serverFromString
 
 import tcpsvc
 from tcpsvc import tap
+from tcpsvc.options import ENGINES
 from tests.support import the_reactor
 from tests.tls import client_context, make_certificate
 
@@ -424,7 +425,7 @@ def test_the_plugin_is_listed_and_explains_itself(start: Any) -> None:
         "handler", "factory", "sock-handler", "listen", "port", "socket",
         "max-connections", "max-accepts-per-batch", "backlog", "drop-incoming",
         "reuse-port", "buffer-age-limit", "on-handler-error", "app-dir",
-        "drain-timeout", "version", "help",
+        "drain-timeout", "engine", "version", "help",
     ):  # fmt: skip
         assert f"--{option}" in own.out
     assert version.out == f"tcpsvc {tcpsvc.__version__}\n"
@@ -531,6 +532,27 @@ def test_handlers_of_every_kind(start: Any, connect: Any) -> None:
     stop(*children)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_handlers_of_every_kind_are_served_by_each_engine(
+    start: Any, connect: Any, engine: str
+) -> None:
+    """--engine, by both commands."""
+    children = [
+        start(*command, "tcpsvc", f"--engine={engine}", *handler)
+        for command, handler in (
+            (twistd("-n"), ()),
+            (twist(), ("--sock-handler=hands.sock",)),
+            (twistd("-n"), ("--factory=hands.factory",)),
+        )
+    ]
+    echo, sock, protocol = (connect(child.address("127.0.0.1")) for child in children)
+    echo.send(b"hello\n")
+    echo.shut()
+    said = [client.read_all() for client in (echo, sock, protocol)]
+    assert said == [b"hello\n", b"socket\n", b"protocol\n"]
+    assert stop(*children) == [-signal.SIGTERM] * 3
+
+
 def test_the_limits_of_connections_and_backlog(start: Any, connect: Any) -> None:
     """--max-connections, and --backlog for --socket and for --listen."""
     child = start(
@@ -619,19 +641,21 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     """What cannot be seen from outside."""
     described = made(
         "--max-connections=7", "--max-accepts-per-batch=5", "--buffer-age-limit=none",
-        "--drop-incoming", "--on-handler-error=raise",
+        "--drop-incoming", "--on-handler-error=raise", "--engine=reactor",
     )  # fmt: skip
     assert described["max_connections"] == 7
     assert described["options"]["max_accepts_per_batch"] == 5
     assert described["options"]["buffer_age_limit"] is None
     assert described["is_dropping_incoming_connections"] is True
     assert described["options"]["on_handler_error"] == "raise"
+    assert described["options"]["engine"] == "reactor"
     assert made("--buffer-age-limit=2.5")["options"]["buffer_age_limit"] == 2.5
     default = made()["options"]
     assert default["buffer_age_limit"] == 120
     assert default["max_accepts_per_batch"] == 1
     assert default["drop_incoming_connections"] is False
     assert default["on_handler_error"] == "log_error"
+    assert default["engine"] == "auto"
     assert tap.Options()["drain-timeout"] == 30
 
 
@@ -912,6 +936,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "drain_timeout_text": (["--drain-timeout=soon"], "soon"),
     "drain_timeout_nan": (["--drain-timeout=nan"], "nan"),
     "on_handler_error": (["--on-handler-error=panic"], "panic"),
+    "engine": (["--engine=steam"], "--engine steam: not one of auto, reactor"),
+    "engine_empty": (["--engine="], "--engine"),
     "unknown_option": (["--no-such-option"], "no-such-option"),
     "option_without_value": (["--port"], "port"),
     "flag_with_value": (["--drop-incoming=no"], "drop-incoming"),

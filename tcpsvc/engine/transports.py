@@ -94,7 +94,13 @@ class _SendsAtOnce(Watched):
         self._group = reactor
         self._tempDataBuffer: list[bytes] = []
         self._tempDataLen = 0
+        self.dataBuffer = b""
+        self.offset = 0
+        self.is_flush_due = False
         self.connected = 1
+        #: Whether bytes may go as they are: it is connected, without TLS, without
+        #: a producer, and its write side is open.
+        self._is_plain = True
         if not getattr(protocol, "starts_reading_itself", False):
             reactor.addReader(self)
 
@@ -150,22 +156,32 @@ class _SendsAtOnce(Watched):
     # Writing.
 
     def write(self, data: bytes) -> None:
-        if self.TLS:
+        if self._is_plain and type(data) is bytes and data:
+            self._tempDataBuffer.append(data)
+            self._tempDataLen += len(data)
+            if not self.is_flush_due:
+                group = self._group
+                if group.is_serving:
+                    self.is_flush_due = True
+                    group.due.append(self)
+                else:
+                    self._flush_soon()
+        elif self.TLS:
             if self.connected:
                 self.protocol.write(data)
-            return
-        self.write_below_tls(data)
+        else:
+            self.write_below_tls(data)
 
     def write_below_tls(self, data: bytes) -> None:
         """Send bytes, not through TLS."""
-        if type(data) is not bytes and not isinstance(data, bytes):
+        if not isinstance(data, bytes):
             raise TypeError("Data must be bytes")
-        if not self.connected or self._writeDisconnected or not data:  # type: ignore[attr-defined]
+        if not self.connected or self._writeDisconnected or not data:
             return
         self._tempDataBuffer.append(data)
         self._tempDataLen += len(data)
-        if self.producer is not None:  # type: ignore[attr-defined]
-            self._maybePauseProducer()  # type: ignore[attr-defined]
+        if self.producer is not None:
+            self._maybePauseProducer()
         if not self.is_flush_due:
             self._flush_soon()
 
@@ -298,6 +314,7 @@ class _SendsAtOnce(Watched):
             producer.stopProducing()
             self.producer = None
         self.is_flush_due = False
+        self._is_plain = False
         self._group.remove(self)
         error = reason.value
         if self.read_failed or not isinstance(error, ConnectionAborted):
@@ -320,9 +337,24 @@ class _SendsAtOnce(Watched):
         finally:
             self._last_protocol = None
 
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        self._is_plain = False
+        super().registerProducer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        super().unregisterProducer()
+        self._is_plain = bool(
+            self.connected and not self.TLS and not self._writeDisconnected
+        )
+
+    def _closeWriteConnection(self) -> None:
+        self._is_plain = False
+        super()._closeWriteConnection()
+
     def startTLS(self, ctx: Any, normal: bool = True) -> None:
         from twisted.internet import _newtls  # It needs pyOpenSSL.
 
+        self._is_plain = False
         _newtls.startTLS(self, ctx, normal, _BelowTLS)
 
 
