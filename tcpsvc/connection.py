@@ -273,8 +273,15 @@ class Connection(Generic[AddressT]):
             and self._handler_state not in ("waiting", "running")
         ):
             self._is_released = True
+            self._let_go()
             error = None if self._error_reported else self._error
             self._factory.release(self, error)
+
+    def _let_go(self) -> None:
+        """
+        It is over: drop what refers back to this connection. Otherwise each would
+        wait for the garbage collector.
+        """
 
     def fail(self, failure: Failure) -> None:
         """

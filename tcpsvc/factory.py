@@ -94,6 +94,8 @@ class ServerFactory(protocol.ServerFactory):
         self._make_connection = make_connection
         self._user_factory = user_factory
         self.takes_sockets = takes_sockets
+        #: Whether connections have TCP_NODELAY from their listening socket.
+        self.inherits_nodelay = False
         self._sweeper = Sweeper(self.clock)
         #: Live connections, in the order of their accepts; each holds a slot.
         self._live: dict[int, Connection[Any]] = {}
@@ -468,7 +470,11 @@ class ServerFactory(protocol.ServerFactory):
 
     def set_socket_options(self, connected: Any) -> None:
         """What each connection's socket has (spec A7, A5)."""
-        kernel.set_options(connected, keepalive=self.settings.keepalive)
+        keepalive = self.settings.keepalive
+        if keepalive or not self.inherits_nodelay:
+            kernel.set_options(
+                connected, nodelay=not self.inherits_nodelay, keepalive=keepalive
+            )
 
     def listening_on(self) -> Any:
         """The listening address, if it is known."""

@@ -17,8 +17,9 @@ This file and :mod:`tcpsvc.port` are the only ones that know the inside of
 from __future__ import annotations
 
 import errno
+import os
 import socket
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
 from twisted.internet.interfaces import IDelayedCall, IListeningPort
@@ -28,7 +29,7 @@ from twisted.python.failure import Failure
 from tcpsvc.counters import Counters
 from tcpsvc.engine import Engine, engage
 from tcpsvc.handler import STOPPING
-from tcpsvc.kernel import close_orderly
+from tcpsvc.kernel import close_orderly, has_nodelay
 from tcpsvc.options import Settings
 from tcpsvc.transport import telling
 
@@ -48,6 +49,10 @@ MAX_LOST_CLIENTS = 100
 EXHAUSTION_PAUSE = 0.05
 
 
+_STREAM = int(socket.SOCK_STREAM)
+_HAS_ACCEPT = hasattr(socket.socket, "_accept")
+
+
 def can_gate(port: IListeningPort) -> bool:
     """Whether accepting on a port can be gated: it is a TCP or UNIX port."""
     return isinstance(port, tcp.Port)
@@ -60,6 +65,7 @@ class Admission(Protocol):
     counters: Counters
     clock: Any
     is_dropping: bool
+    inherits_nodelay: bool
     takes_sockets: bool
 
     @property
@@ -94,7 +100,11 @@ class Gate:
         self._retry: IDelayedCall | None = None
         self._in_episode = False
         self._is_open = False
+        #: Whether the port is read from. Nobody else starts or stops that.
+        self._is_accepting = False
+        self._family = int(port.socket.family) if _HAS_ACCEPT else None
         port.doRead = self.accept_batch
+        factory.inherits_nodelay = has_nodelay(port.socket)
         #: Serves the connections; ``None`` where Twisted's own transports do.
         self._engine: Engine | None = None
         if isinstance(port.transport, type):
@@ -126,6 +136,7 @@ class Gate:
         if self._engine is not None and self._is_open:
             self._engine.reactor.may_leave()
         self._is_open = False
+        self._is_accepting = False
         self._rest_over()
         self._port.stopReading()
 
@@ -133,10 +144,13 @@ class Gate:
         """Ask the kernel for clients exactly while there is a place for one."""
         if not self._is_open:
             return
-        if self._retry is None and self._factory.has_place():
-            self._port.startReading()
-        else:
-            self._port.stopReading()
+        may_accept = self._retry is None and self._factory.has_place()
+        if may_accept is not self._is_accepting:
+            self._is_accepting = may_accept
+            if may_accept:
+                self._port.startReading()
+            else:
+                self._port.stopReading()
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again: try at once (spec A6)."""
@@ -150,7 +164,7 @@ class Gate:
         taken = lost = 0
         while taken < factory.settings.max_accepts_per_batch and factory.has_place():
             try:
-                client, address = self._port.socket.accept()
+                client, address = self._accept()
             except BlockingIOError:
                 self._in_episode = False
                 break
@@ -170,6 +184,20 @@ class Gate:
             if not self._is_open:
                 return
         self.update()
+
+    def _accept(self) -> tuple[socket.socket, Any]:
+        listening = self._port.socket
+        if type(listening) is not socket.socket or self._family is None:
+            return cast(tuple[socket.socket, Any], listening.accept())
+        # What socket.accept() does, without looking its own family up as an enum
+        # for each client (CPython 3.10 to 3.13): 2 of 30 µs of a connection.
+        descriptor, address = listening._accept()  # type: ignore[attr-defined]
+        try:
+            client = socket.socket(self._family, _STREAM, 0, descriptor)
+            return client, address
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def _take(self, client: socket.socket, address: Any) -> None:
         port = self._port

@@ -17,6 +17,8 @@ from typing import Any
 
 _SIOCINQ = termios.FIONREAD
 _SIOCOUTQ = termios.TIOCOUTQ
+#: Where the kernel puts a number; read at once.
+_ANSWER = array.array("i", [0])
 _TCP_INFO_SIZE = 128
 _TCPI_BYTES_ACKED = 120
 _HAS_TCP_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
@@ -36,10 +38,23 @@ def socket_of(base: Any) -> socket.socket | None:
     return handle if isinstance(handle, socket.socket) else None
 
 
-def set_options(connected: socket.socket, *, keepalive: bool) -> None:
+def has_nodelay(opened: socket.socket) -> bool:
+    """
+    Whether a listening socket has TCP_NODELAY, which those that it accepts inherit
+    then, or has no use for it.
+    """
+    if opened.family == socket.AF_UNIX:
+        return True
+    try:
+        return bool(opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    except OSError:
+        return False
+
+
+def set_options(connected: socket.socket, *, nodelay: bool, keepalive: bool) -> None:
     """TCP_NODELAY on an inet socket, SO_KEEPALIVE if asked for (spec A7, A5)."""
     try:
-        if connected.family != socket.AF_UNIX:
+        if nodelay and connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if keepalive:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -57,12 +72,11 @@ def close_orderly(client: socket.socket) -> None:
 
 
 def _queued(connected: socket.socket, request: int) -> int | None:
-    answer = array.array("i", [0])
     try:
-        fcntl.ioctl(connected.fileno(), request, answer)
+        fcntl.ioctl(connected.fileno(), request, _ANSWER)
     except (OSError, ValueError):
         return None
-    return answer[0]
+    return _ANSWER[0]
 
 
 def rest_of_input(connected: socket.socket) -> Iterator[bytes]:
@@ -84,7 +98,7 @@ def nothing_pending(connected: socket.socket) -> bool:
     """
     if _queued(connected, _SIOCINQ) != 0:
         return False
-    return connected.family == socket.AF_UNIX or _queued(connected, _SIOCOUTQ) == 0
+    return _queued(connected, _SIOCOUTQ) == 0 or connected.family == socket.AF_UNIX
 
 
 def output_state(connected: socket.socket | None) -> tuple[int | None, int | None]:

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Generator
 from types import coroutine
 from typing import Any, Protocol, cast
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
@@ -351,7 +350,7 @@ class Reader:
         self._wake_at = (1 << 62) if size is None else size
         waiter = self._suspension
         if waiter is None or waiter.was_deferred:
-            waiter = self._suspension = Suspension(self._read_cancelled)
+            waiter = self._suspension = Suspension()
         self._waiter = waiter
         try:
             if self._is_paused:
@@ -367,9 +366,6 @@ class Reader:
                 self._pause()
         if self._is_closed:
             raise RuntimeError("close() of the reader during a read")
-
-    def _read_cancelled(self, _: Deferred[None]) -> None:
-        self._waiter = None
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None

@@ -39,6 +39,9 @@ def stream_socket(family: socket.AddressFamily) -> socket.socket:
     """
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setblocking(False)
+    if family != socket.AF_UNIX:
+        # Accepted sockets inherit it: a system call less for each (spec A7).
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made
 
 

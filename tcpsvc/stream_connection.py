@@ -44,6 +44,11 @@ StreamHandler = Callable[[AddressT, Reader, Writer], object]
 
 _log = Logger(namespace="tcpsvc")
 
+
+def _drop(data: bytes) -> None:
+    """Nobody is there to read it."""
+
+
 #: How long a client may take no byte after the handler's own close, in seconds.
 OWN_CLOSE_TIMEOUT = 5.0
 
@@ -182,15 +187,17 @@ class StreamConnection(Connection[AddressT]):
         """The socket is closed."""
         if self.is_socket_closed:
             return
-        # First everything is as it will be, then whoever waits is told.
-        self.writer.gone()
+        # First everything is as it will be, then whoever waits is told. The streams
+        # are let go of meanwhile, when the handler has ended before.
+        reader, writer = self.reader, self.writer
+        writer.gone()
         self.socket_closed()
-        if not self._closed_by_server and not reason.check(
-            ConnectionDone, ConnectionAborted
+        if not self._closed_by_server and not isinstance(
+            reason.value, (ConnectionDone, ConnectionAborted)
         ):
-            self.writer.consumer_has_left()
-        self.writer.tell_gone()
-        self.reader.feed_eof()
+            writer.consumer_has_left()
+        writer.tell_gone()
+        reader.feed_eof()
 
     def resumeProducing(self) -> None:
         """The transport has sent everything it had (IPullProducer)."""
@@ -206,8 +213,9 @@ class StreamConnection(Connection[AddressT]):
 
     def _chunks_sent(self) -> None:
         if self._chunks is not None and not self.is_socket_closed:
+            writer = self.writer
             self._chunks.all_sent()
-            self.writer.sent()
+            writer.sent()
 
     def stopProducing(self) -> None:
         """The transport is lost, its socket is about to be closed (IPullProducer)."""
@@ -291,13 +299,21 @@ class StreamConnection(Connection[AddressT]):
         self._end_streams()
 
     def _end_streams(self) -> None:
-        self.writer.gone()
-        self.writer.tell_gone()
-        self.reader.feed_eof()
+        if not self._is_released:  # Else they have been.
+            reader, writer = self.reader, self.writer
+            writer.gone()
+            writer.tell_gone()
+            reader.feed_eof()
 
     def _finish(self) -> None:
         self.writer.handler_ended()
         self._begin_to_close(self._factory.settings.flush_timeout)
+
+    def _let_go(self) -> None:
+        del self.reader, self.writer
+        self.dataReceived = _drop
+        if self._chunks is None and self.transport is not None:
+            self.transport.watcher = None
 
     def _traffic(self) -> dict[str, int]:
         return {
@@ -390,6 +406,7 @@ class StreamConnection(Connection[AddressT]):
             return
         self._phase = _FLUSHING
         self._flush_timeout = timeout
+        reader = self.reader
         self.dataReceived = self._discard
         # Input is read and discarded from now on: a client that sends all it has
         # before it reads anything would otherwise never come to read.
@@ -404,7 +421,7 @@ class StreamConnection(Connection[AddressT]):
         if not self.is_socket_closed:
             self._progress = (self._taken_by_client(), self.watch())
         # Last, since whoever reads may do anything now.
-        self.reader.feed_eof()
+        reader.feed_eof()
 
     def _flush_done(self) -> None:
         self._shut_off_producer()
