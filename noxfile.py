@@ -22,14 +22,25 @@ TWISTEDS = ["24.7.0", "26.10.0"]
 
 REACTORS = ["default", "asyncio"]
 
+#: What serves the connections; tests/conftest.py has the option.
+ENGINES = ["auto", "reactor"]
+
 
 @nox.session(python=PYTHONS)
 @nox.parametrize("twisted", TWISTEDS)
 @nox.parametrize("reactor", REACTORS)
-def tests(session: nox.Session, reactor: str, twisted: str) -> None:
-    """The suite, on one reactor and one Twisted."""
+@nox.parametrize("engine", ENGINES)
+def tests(session: nox.Session, engine: str, reactor: str, twisted: str) -> None:
+    """The suite, on one engine, one reactor and one Twisted."""
     session.install("-e", ".[test]", f"twisted[tls]=={twisted}")
-    session.run("python", "-m", "pytest", f"--reactor={reactor}", *session.posargs)
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        f"--reactor={reactor}",
+        f"--engine={engine}",
+        *session.posargs,
+    )
 
 
 @nox.session(python=PYTHONS)
@@ -38,6 +49,13 @@ def trial(session: nox.Session, twisted: str) -> None:
     """The suite that shows the package from a user's trial tests."""
     session.install("-e", ".[test]", f"twisted[tls]=={twisted}")
     session.run("python", "-m", "twisted.trial", "tests.trial_suite")
+
+
+@nox.session(python=PYTHON)
+def conformance(session: nox.Session) -> None:
+    """Twisted's own tests, with the engine's transports in its ports."""
+    session.install("-e", ".[conformance]", f"twisted[tls]=={TWISTEDS[-1]}")
+    session.run("python", "-m", "tests.conformance", *session.posargs)
 
 
 @nox.session(python=PYTHON)

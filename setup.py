@@ -27,8 +27,22 @@ TEST = [
     "setuptools>=70.1",
 ]
 
-DEV = [
+# What Twisted's own tests need beside what ours do, for tests/conformance.
+CONFORMANCE = [
     *TEST,
+    # Its matchers are in twisted.test.test_tcp and test_ssl.
+    "pyhamcrest>=2",
+    # twisted.web.test.test_http2 imports it, as a client of HTTP/2.
+    "httpx[http2]>=0.27",
+    # twisted.web speaks HTTP/2 by it, and the tests make frames with it. The limits
+    # are Twisted's.
+    "h2>=3.2,<5",
+    # twisted.web orders the streams of HTTP/2 by it.
+    "priority>=1.1,<2",
+]
+
+DEV = [
+    *CONFORMANCE,
     "build",
     "furo",
     "mypy",
@@ -82,5 +96,5 @@ setup(
     package_data={"tcpsvc": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[f"twisted>={LOWEST_TWISTED}", "zope.interface"],
-    extras_require={"tls": TLS, "test": TEST, "dev": DEV},
+    extras_require={"tls": TLS, "test": TEST, "conformance": CONFORMANCE, "dev": DEV},
 )

@@ -49,6 +49,7 @@ nitpick_ignore_regex = [
     ("py:class", r"OnHandlerError|StreamHandler|SockHandler"),
     # What a signature names and only the inside uses.
     ("py:class", r"tcpsvc\.connection\.Connection|tcpsvc\.testing\._HasCleanup"),
+    ("py:class", r"tcpsvc\.writer\.Output"),
 ]
 
 # In annotations an interface shows as its name, not as <InterfaceClass name>.

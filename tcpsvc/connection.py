@@ -56,7 +56,10 @@ class Owner(Protocol):
     clock: Any
     reactor: Any
     is_closed: bool
-    is_listening_anywhere: bool
+
+    @property
+    def is_listening_anywhere(self) -> bool:
+        """Whether its own address may be another than the listener's."""
 
     def listening_on(self) -> Any:
         """The listening address."""

@@ -64,7 +64,7 @@ class _OpenedPort(tcp.Port):
     factory: ServerFactory
     fileno: Any
 
-    def serve_with(self, transport_class: type) -> None:
+    def serve_with(self, transport_class: Any) -> None:
         """Make transports of a class."""
         self.transport = transport_class
 
@@ -115,7 +115,7 @@ class TCPListeningPort(_OpenedPort):
         self._realPortNumber = self.port
         _OpenedPort.startListening(self)
 
-    def serve_with(self, transport_class: type) -> None:
+    def serve_with(self, transport_class: Any) -> None:
         """Make transports of a class."""
         if self._listening.maps_ipv4:
             transport_class = _showing_ipv4(transport_class)

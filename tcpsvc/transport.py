@@ -75,7 +75,7 @@ class Watched:
         """The client's FIN."""
         protocol = IHalfCloseableProtocol(self.protocol, None)  # type: ignore[attr-defined]
         if protocol is None:
-            self.connectionLost(reason)  # type: ignore[attr-defined]
+            self.connectionLost(reason)
         else:
             self._tell_protocol(protocol.readConnectionLost)
 

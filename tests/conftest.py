@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     defaults = dict(zip(with_default, init.__defaults__ or (), strict=True))
     assert "engine" in defaults
     defaults["engine"] = config.getoption("--engine")
-    init.__defaults__ = tuple(defaults.values())  # type: ignore[attr-defined]
+    init.__defaults__ = tuple(defaults.values())
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from traceback import extract_tb
+from types import coroutine
 from typing import Any
 
 import pytest
@@ -181,7 +182,7 @@ def test_thousands_of_fired_deferreds_are_no_recursion() -> None:
 
     async def handler() -> None:
         for n in range(many):
-            got.append(await succeed(n))
+            got.append(await succeed(n))  # noqa: PERF401
 
     assert Run(handler()).ends == [None]
     assert got == list(range(many))
@@ -204,6 +205,22 @@ def test_what_is_no_deferred_complains_in_the_handler() -> None:
     loop.close()
     assert complaints == ["await wasn't used with future"]
     assert isinstance(run.error, RuntimeError)
+
+
+def test_what_is_no_deferred_is_handed_back() -> None:
+    """As by Twisted: whatever yielded it may deal with it."""
+    got: list[Any] = []
+
+    @coroutine
+    def odd() -> Any:
+        got.append((yield 3))
+        got.append((yield None))
+
+    async def handler() -> None:
+        await odd()
+
+    assert Run(handler()).ends == [None]
+    assert got == [3, None]
 
 
 # Context.
@@ -308,6 +325,28 @@ def test_cancelled_while_it_runs_it_may_end_without_a_wait() -> None:
     ends: list[Any] = []
     driver = Driver(handler(), ends.append)
     driver.resume(None)
+    assert ends == [None]
+
+
+def test_cancelled_while_it_runs_it_is_cancelled_once() -> None:
+    """Who swallows that waits in peace afterwards."""
+    suspension = Suspension()
+    swallowed: list[BaseException] = []
+    driver: Any = None
+
+    async def handler() -> None:
+        driver.cancel()
+        try:
+            await Deferred()
+        except CancelledError as error:
+            swallowed.append(error)
+        await suspended(suspension)
+
+    ends: list[Any] = []
+    driver = Driver(handler(), ends.append)
+    driver.resume(None)
+    assert (len(swallowed), ends) == (1, [])
+    suspension.wake()
     assert ends == [None]
 
 

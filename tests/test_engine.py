@@ -21,6 +21,7 @@ from twisted.internet.interfaces import (
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
+from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
@@ -28,6 +29,13 @@ from tcpsvc import Server, WhereToListen
 from tcpsvc.engine import subreactor, transports
 from tcpsvc.engine.subreactor import SubReactor
 from tests.support import Logs, in_thread, the_reactor, turn, until
+
+
+@pytest.fixture(autouse=True)
+def with_the_engine(request: pytest.FixtureRequest) -> None:
+    """These tests are of the engine, and say themselves where they are not."""
+    if request.config.getoption("--engine") == "reactor":
+        pytest.skip("of the engine, which is switched off")
 
 
 class Boom(Exception):
@@ -140,15 +148,17 @@ async def test_two_servers_share_the_sub_reactor(serve: Any, connect: Any) -> No
 
 
 class Counting:
-    """A socket that counts what is sent."""
+    """A socket that counts what is sent, and notes in which turn."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.sends: list[int] = []
+        self.turns: list[int] = []
 
     def send(self, data: Any) -> int:
         sent: int = self.inner.send(data)
         self.sends.append(sent)
+        self.turns.append(group().turn)
         return sent
 
     def __getattr__(self, name: str) -> Any:
@@ -159,9 +169,11 @@ class Counting:
 async def test_many_small_writes_leave_in_one_send(serve: Any, connect: Any) -> None:
     """What a handler writes while its connection is served goes together."""
     counting: list[Counting] = []
+    turns: list[int] = []
 
     async def handler(_: Any, reader: Any, writer: Any) -> None:
         await reader.readline()
+        turns.append(group().turn)
         writer.transport.socket = Counting(writer.transport.socket)
         counting.append(writer.transport.socket)
         for _ in range(100):
@@ -174,6 +186,7 @@ async def test_many_small_writes_leave_in_one_send(serve: Any, connect: Any) -> 
     client.send(b"go\n")
     assert await in_thread(client.read, 500) == b"piece" * 100
     assert counting[0].sends == [500]
+    assert counting[0].turns == turns
 
 
 @ensureDeferred
@@ -182,18 +195,23 @@ async def test_a_write_to_another_connection_leaves_in_the_same_turn(
 ) -> None:
     """The one that is served may write to all the others."""
     writers: list[Any] = []
+    turns: list[int] = []
 
     async def handler(_: Any, reader: Any, writer: Any) -> None:
+        writer.transport.socket = Counting(writer.transport.socket)
         writers.append(writer)
         async for line in reader:
+            turns.append(group().turn)
             for other in writers:
                 other.write(line)
 
     server = await serve(handler)
     clients = [connect(server) for _ in range(3)]
     await all_wait(server, 3)
+    sockets = [writer.transport.socket for writer in writers]
     clients[0].send(b"to all\n")
-    await until(lambda: all(w.bytes_taken for w in writers))
+    await until(lambda: all(s.sends for s in sockets))
+    assert [s.turns for s in sockets] == [turns] * 3
     for client in clients:
         assert await in_thread(client.read, 7) == b"to all\n"
 
@@ -212,6 +230,8 @@ async def test_a_write_outside_any_turn_reaches_the_client(
     server = await serve(handler)
     client = connect(server)
     await all_wait(server, 1)
+    counting = Counting(writers[0].transport.socket)
+    writers[0].transport.socket = counting
 
     def write() -> None:
         assert not group().is_serving
@@ -220,6 +240,7 @@ async def test_a_write_outside_any_turn_reaches_the_client(
 
     the_reactor().callLater(0, write)
     assert await in_thread(client.read, 13) == b"one two three"
+    assert counting.sends == [4, 9]  # At once, and what followed it.
     assert group().getWriters() == []
 
 
@@ -251,6 +272,7 @@ async def test_a_write_to_a_reset_client_is_lost_in_a_later_turn(
     made: list[Any] = []
 
     class Noting(Protocol):
+        transport: Any
         is_writing = False
         lost: bool | None = None
 
@@ -275,6 +297,35 @@ async def test_a_write_to_a_reset_client_is_lost_in_a_later_turn(
     await until(lambda: made[0].lost is not None)
     assert made[0].lost is False
     await until(lambda: server.num_connections == 0)
+
+
+@ensureDeferred
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "auto",
+        "reactor",
+    ],
+)
+async def test_what_is_written_after_an_abort_is_not_sent(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """As Twisted's transports have it: the client sees the reset, and no byte."""
+
+    class Aborting(Protocol):
+        transport: Any
+
+        def dataReceived(self, data: bytes) -> None:
+            self.transport.abortConnection()
+            self.transport.write(b"after")
+
+    server = await serve(
+        Factory.forProtocol(Aborting), create=Server.create_protocol, engine=engine
+    )
+    client = connect(server)
+    client.send(b"x")
+    with pytest.raises(ConnectionResetError):
+        await in_thread(client.read, 1)
 
 
 # A batch of connections that are ready.
@@ -316,6 +367,8 @@ async def test_a_protocol_that_another_ends_in_a_batch_is_not_served_in_it(
     lost: list[Any] = []
 
     class Rival(Protocol):
+        transport: Any
+
         def connectionMade(self) -> None:
             made.append(self)
 
@@ -415,14 +468,20 @@ class StandIn:
     def __init__(self, name: str, served: list[str], pair: Any = None) -> None:
         self.name = name
         self.served = served
+        self.near: Any
+        self.far: Any
         self.near, self.far = pair or socket.socketpair()
+        self.near.setblocking(False)
         self.fileno = self.near.fileno
         self.then: Any = lambda: None
         self.lost: list[Failure] = []
 
     def doRead(self) -> Any:
-        self.near.recv(1000)
         self.served.append(self.name)
+        try:
+            self.near.recv(1000)
+        except BlockingIOError:
+            pass
         return self.then()
 
     def readConnectionLost(self, reason: Failure) -> None:
@@ -438,20 +497,30 @@ class StandIn:
         self.near.close()
         self.far.close()
 
+    def successor(self) -> Any:
+        """Close it; a socket pair whose first has the same descriptor."""
+        fd = self.near.detach()
+        near, far = socket.socketpair()
+        os.dup2(near.fileno(), fd)
+        near.close()
+        self.far.close()
+        return socket.socket(fileno=fd), far
+
 
 @pytest.fixture
 def stage() -> Any:
     """``sub, make, served``: ``make(name)`` is a watched stand-in that is ready."""
-    sub = SubReactor(MainReactor())
+    main = MainReactor()
+    sub = SubReactor(main)
     served: list[str] = []
     made: list[StandIn] = []
 
-    def make(name: str, pair: Any = None, *, watched: bool = True) -> StandIn:
+    def make(name: str, pair: Any = None, *, ready: bool = True) -> StandIn:
         one = StandIn(name, served, pair)
         made.append(one)
-        one.far.send(b"x")
-        if watched:
-            sub.addReader(one)
+        if ready:
+            one.far.send(b"x")
+        sub.addReader(one)
         return one
 
     yield sub, make, served
@@ -459,7 +528,7 @@ def stage() -> Any:
         sub.remove(one)
         one.close()
     assert sub.fileno() == -1
-    assert sub.reactor.readers == []
+    assert main.readers == []
 
 
 def test_a_descriptor_that_is_opened_anew_is_not_served_by_old_news(
@@ -472,14 +541,8 @@ def test_a_descriptor_that_is_opened_anew_is_not_served_by_old_news(
     def replace(other: StandIn, name: str) -> None:
         if served.count("one") + served.count("two") > 1:
             return
-        fd = other.fileno()
         sub.remove(other)
-        pair = socket.socketpair()
-        other.near.detach()
-        os.dup2(pair[0].fileno(), fd)
-        pair[0].close()
-        other.far.close()
-        make(name, (socket.socket(fileno=fd), pair[1]))
+        make(name, other.successor())
 
     one.then = lambda: replace(two, "new")
     two.then = lambda: replace(one, "new")
@@ -545,6 +608,22 @@ def test_turns_that_are_too_long_read_less(stage: Any, monkeypatch: Any) -> None
     assert sub.receive_size == subreactor.MOST_RECEIVED
 
 
+def test_a_few_busy_connections_are_read_less_too(stage: Any, monkeypatch: Any) -> None:
+    """A turn that takes too long is one, however few are served in it."""
+    sub, make, served = stage
+    now = [0.0]
+    monkeypatch.setattr(subreactor, "monotonic", lambda: now[0])
+
+    def take_long() -> None:
+        now[0] += 1
+
+    for n in range(3):
+        make(str(n)).then = take_long
+    sub.doRead()
+    assert served
+    assert sub.receive_size < subreactor.MOST_RECEIVED
+
+
 def test_who_is_left_for_the_next_turn_and_stops_reading_is_not_served(
     stage: Any, monkeypatch: Any
 ) -> None:
@@ -566,6 +645,32 @@ def test_who_is_left_for_the_next_turn_and_stops_reading_is_not_served(
         sub.doRead()
     assert stopped not in served
     assert set(served) == set(ones) - {stopped}
+
+
+def test_who_is_left_for_the_next_turn_has_no_heir(
+    stage: Any, monkeypatch: Any
+) -> None:
+    """One that is closed between two turns, and whose descriptor is opened anew."""
+    sub, make, served = stage
+    now = [0.0]
+    monkeypatch.setattr(subreactor, "monotonic", lambda: now[0])
+
+    def take_long() -> None:
+        now[0] += 1
+
+    ones = {str(n): make(str(n)) for n in range(12)}
+    for one in ones.values():
+        one.then = take_long
+    sub.doRead()
+    closed = next(name for name in ones if name not in served)
+    sub.remove(ones[closed])
+    heir = make("heir", ones[closed].successor(), ready=False)
+    for _ in range(4):
+        sub.doRead()
+    assert set(served) == set(ones) - {closed}
+    heir.far.send(b"x")
+    sub.doRead()
+    assert served[-1] == "heir"
 
 
 def test_who_comes_in_a_turn_can_leave_in_it(stage: Any) -> None:
@@ -672,6 +777,8 @@ async def test_the_reactors_end_is_the_end_of_the_connections(
     reasons: list[Any] = []
 
     class Noting(Protocol):
+        transport: Any
+
         def connectionLost(self, reason: Any = None) -> None:
             reasons.append(reason.type)
 
@@ -685,6 +792,54 @@ async def test_the_reactors_end_is_the_end_of_the_connections(
     await until(lambda: server.num_connections == 0)
 
 
+@ensureDeferred
+async def test_a_server_after_the_reactor_was_emptied_is_served(
+    serve: Any, connect: Any
+) -> None:
+    """As trial does after a test that left its server open: the next ones go on."""
+    await serve(echo_lines)
+    group_readers = [r for r in the_reactor().getReaders() if r is group()]
+    for reader in group_readers:
+        the_reactor().removeReader(reader)  # What removeAll does to each.
+        reader.connectionLost(Failure(ConnectionLost()))
+    server = await serve(echo_lines)
+    client = connect(server)
+    await all_wait(server, 1)
+    assert group() in the_reactor().getReaders()
+    client.send(b"x\n")
+    assert await in_thread(client.read, 2) == b"x\n"
+
+
+@ensureDeferred
+async def test_legacy_log_lines_are_marked_with_whoever_is_served(
+    serve: Any, connect: Any, logs: Logs
+) -> None:
+    """Each with its own connection, in one batch too; outside with none."""
+    marks: list[str] = []
+
+    class Logging(Protocol):
+        transport: Any
+
+        def dataReceived(self, data: bytes) -> None:
+            marks.append(self.transport.logPrefix())
+            log.msg("a line of a protocol")
+            self.transport.write(data)
+
+    server = await serve(Factory.forProtocol(Logging), create=Server.create_protocol)
+    clients = [connect(server) for _ in range(3)]
+    await all_wait(server, 3)
+    for client in clients:
+        client.send(b"x")
+    for client in clients:
+        assert await in_thread(client.read, 1) == b"x"
+    log.msg("a line of nobody")
+    lines = [e for e in logs.events if "a line of a protocol" in str(e)]
+    assert [e["log_system"] for e in lines] == marks
+    assert len(set(marks)) == 3
+    (line,) = [e for e in logs.events if "a line of nobody" in str(e)]
+    assert line["log_system"] == "-"
+
+
 # Interfaces.
 
 
@@ -693,7 +848,8 @@ def test_the_sub_reactor_is_a_reactor_of_descriptors() -> None:
     assert verifyObject(IReactorFDSet, group())
     assert verifyObject(IReadDescriptor, group())
     assert SubReactor.of(the_reactor()) is group()
-    assert SubReactor.of(MainReactor()) is not group()
+    main = MainReactor()
+    assert SubReactor.of(main) is not group()
 
 
 @ensureDeferred
@@ -737,6 +893,8 @@ async def test_a_protocol_that_raises_loses_its_own_connection(
     errors: list[Any] = []
 
     class Brittle(Protocol):
+        transport: Any
+
         def dataReceived(self, data: bytes) -> None:
             if data == b"bad":
                 raise Boom(data)
@@ -772,6 +930,8 @@ async def test_a_protocol_may_put_another_in_its_place(
     ends: list[str] = []
 
     class Second(Protocol):
+        transport: Any
+
         def dataReceived(self, data: bytes) -> None:
             self.transport.write(b"second:" + data)
 
@@ -779,9 +939,11 @@ async def test_a_protocol_may_put_another_in_its_place(
             ends.append("second")
 
     class First(Protocol):
+        transport: Any
+
         def dataReceived(self, data: bytes) -> None:
             self.transport.write(b"first:" + data)
-            second = Second()
+            second: Any = Second()
             self.transport.protocol = second
             second.makeConnection(self.transport)
 

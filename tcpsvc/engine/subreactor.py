@@ -27,7 +27,7 @@ from __future__ import annotations
 import select
 from time import monotonic
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from twisted.internet.error import ConnectionDone, ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
@@ -90,7 +90,6 @@ class SubReactor:
     It is in the main reactor while it watches anything, or while somebody has
     asked it to stay (:meth:`stay`).
 
-    :ivar reactor: the main reactor.
     :ivar is_serving: whether a turn is going on. Then what is written is sent when
         the connection that is being served has been.
     :ivar turn: how many turns there have been.
@@ -101,10 +100,9 @@ class SubReactor:
         turn that took too long halves this, and one that did not doubles it.
     """
 
-    _all: WeakKeyDictionary[Any, SubReactor] = WeakKeyDictionary()
-
     def __init__(self, reactor: Any) -> None:
-        self.reactor = reactor
+        # Who has a reactor has its sub-reactor; it must not be the other way round.
+        self._reactor = ref(reactor)
         self.is_serving = False
         self.turn = 0
         self.due: list[Any] = []
@@ -123,10 +121,15 @@ class SubReactor:
     @classmethod
     def of(cls, reactor: Any) -> SubReactor:
         """The one of a reactor."""
-        found = cls._all.get(reactor)
+        found = _sub_reactors.get(reactor)
         if found is None:
-            found = cls._all[reactor] = cls(reactor)
+            found = _sub_reactors[reactor] = cls(reactor)
         return found
+
+    @property
+    def reactor(self) -> Any:
+        """The main reactor."""
+        return self._reactor()
 
     def stay(self) -> None:
         """
@@ -138,6 +141,7 @@ class SubReactor:
         """
         self._stays += 1
         self._open()
+        self.reactor.addReader(self)  # It may have let go of all that it had.
 
     def may_leave(self) -> None:
         """The end of a :meth:`stay`."""
@@ -266,7 +270,11 @@ class SubReactor:
         """
         for selectable in self.removeAll():
             self._lose(selectable, reason)
-        self._close_if_idle()
+        if self._poller is not None:
+            # Whoever has asked us to stay has lost us too. Who comes later finds
+            # us as at the beginning.
+            self._poller.close()
+            self._poller = None
 
     # A turn.
 
@@ -305,8 +313,7 @@ class SubReactor:
                     self._serve_other(selectable, fd, event)
                 if due:
                     self._flush(due)
-                # Not at each: the time costs as much as a hundredth of an echo.
-                if not served & 3 and monotonic() > end:
+                if monotonic() > end:
                     self._left.update(events[served:])
                     if self.receive_size > LEAST_RECEIVED:
                         self.receive_size //= 2
@@ -331,11 +338,11 @@ class SubReactor:
         if event & _DISCONNECTED and not event & _IN:
             # No input is left, or none is wanted.
             is_reading = self._interests[fd] & _IN
-            why = CONNECTION_DONE if is_reading else CONNECTION_LOST
-            self._disconnect(selectable, why, is_read=bool(is_reading))
+            gone = CONNECTION_DONE if is_reading else CONNECTION_LOST
+            self._disconnect(selectable, gone, is_read=bool(is_reading))
             return
         is_read = False
-        why = None
+        why: Any = None
         try:
             if selectable.fileno() == -1:
                 why = ConnectionFdescWentAway("File descriptor lost")
@@ -413,6 +420,8 @@ class SubReactor:
         self.due.clear()
 
     def __repr__(self) -> str:
-        return (
-            f"<SubReactor of {len(self._interests)} connections: {self._everybody()}>"
-        )
+        watched = self._everybody()
+        return f"<SubReactor of {len(watched)} connections: {watched}>"
+
+
+_sub_reactors: WeakKeyDictionary[Any, SubReactor] = WeakKeyDictionary()

@@ -23,7 +23,7 @@ This file knows the inside of :class:`twisted.internet.tcp.Server` and
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet import tcp, unix
 from twisted.internet.abstract import FileDescriptor
@@ -61,6 +61,20 @@ class _SendsAtOnce(Watched):
     :ivar is_flush_due: whether there will be a flush, or the kernel is asked to
         say when there is room.
     """
+
+    if TYPE_CHECKING:
+        # What the transport classes have that this is mixed into.
+        producer: Any
+        producerPaused: bool
+        streamingProducer: bool
+        disconnecting: Any
+        _aborting: bool
+        _writeDisconnecting: bool
+        _writeDisconnected: bool
+        _getLogPrefix: Any
+        _maybePauseProducer: Any
+        _postLoseConnection: Any
+        _closeSocket: Any
 
     is_flush_due = False
     #: Whether TLS was started on it. Said, since Twisted's class does not without
@@ -122,7 +136,7 @@ class _SendsAtOnce(Watched):
     @cached_property
     def logstr(self) -> str:
         protocol = getattr(self, "protocol", self._last_protocol)
-        prefix = self._getLogPrefix(protocol)  # type: ignore[attr-defined]
+        prefix = self._getLogPrefix(protocol)
         return f"{prefix},{self.sessionno},{self.hostname}"
 
     @cached_property
@@ -197,7 +211,7 @@ class _SendsAtOnce(Watched):
 
     def _flush_soon(self) -> None:
         """Something was written, or is to end, and nothing is on its way."""
-        if self._aborting:  # type: ignore[attr-defined]
+        if self._aborting:
             return
         self.is_flush_due = True
         group = self._group
@@ -269,27 +283,27 @@ class _SendsAtOnce(Watched):
                 self.offset = sent
                 self.wait_for_room()
                 return None
-        if self.tells_flush:
+        if self.tells_flush and self.watcher is not None:
             self.tells_flush = False
             self.watcher.sent()
-        if self.producer is None and not (  # type: ignore[attr-defined]
-            self.disconnecting or self._writeDisconnecting  # type: ignore[attr-defined]
+        if self.producer is None and not (
+            self.disconnecting or self._writeDisconnecting
         ):
             return None
         return self._flushed()
 
     def _flushed(self) -> Any:
         """All is sent: what Twisted's ``doWrite`` does then."""
-        if self.producer is not None and (  # type: ignore[attr-defined]
-            not self.streamingProducer or self.producerPaused  # type: ignore[attr-defined]
+        if self.producer is not None and (
+            not self.streamingProducer or self.producerPaused
         ):
             self.producerPaused = False
-            self.producer.resumeProducing()  # type: ignore[attr-defined]
-        elif self.disconnecting:  # type: ignore[attr-defined]
-            return self._postLoseConnection()  # type: ignore[attr-defined]
-        elif self._writeDisconnecting and not self._writeDisconnected:  # type: ignore[attr-defined]
+            self.producer.resumeProducing()
+        elif self.disconnecting:
+            return self._postLoseConnection()
+        elif self._writeDisconnecting and not self._writeDisconnected:
             self._writeDisconnected = True
-            return self._closeWriteConnection()  # type: ignore[attr-defined]
+            return self._closeWriteConnection()
         return None
 
     def doWrite(self) -> Any:
@@ -309,7 +323,7 @@ class _SendsAtOnce(Watched):
             watcher.losing()
         self.disconnected = 1
         self.connected = 0
-        producer = self.producer  # type: ignore[has-type]
+        producer = self.producer
         if producer is not None:
             producer.stopProducing()
             self.producer = None
@@ -321,9 +335,9 @@ class _SendsAtOnce(Watched):
             if isinstance(error, ConnectionLost) and self.read_failed:
                 self.socket.close()  # The client has reset it: nothing to shut.
             else:
-                self._closeSocket(True)  # type: ignore[attr-defined]
+                self._closeSocket(True)
         else:
-            self._closeSocket(False)  # type: ignore[attr-defined]
+            self._closeSocket(False)
         protocol = self.protocol
         del self.protocol
         del self.socket
@@ -339,10 +353,10 @@ class _SendsAtOnce(Watched):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         self._is_plain = False
-        super().registerProducer(producer, streaming)
+        super().registerProducer(producer, streaming)  # type: ignore[misc]
 
     def unregisterProducer(self) -> None:
-        super().unregisterProducer()
+        super().unregisterProducer()  # type: ignore[misc]
         self._is_plain = bool(
             self.connected and not self.TLS and not self._writeDisconnected
         )
@@ -351,6 +365,10 @@ class _SendsAtOnce(Watched):
         self._is_plain = False
         super()._closeWriteConnection()
 
+    def abortConnection(self) -> None:
+        self._is_plain = False
+        super().abortConnection()  # type: ignore[misc]
+
     def startTLS(self, ctx: Any, normal: bool = True) -> None:
         from twisted.internet import _newtls  # It needs pyOpenSSL.
 
@@ -358,11 +376,11 @@ class _SendsAtOnce(Watched):
         _newtls.startTLS(self, ctx, normal, _BelowTLS)
 
 
-class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[misc]
+class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[override]
     """In the place of :class:`twisted.internet.tcp.Server`."""
 
 
-class UNIXServerTransport(_SendsAtOnce, unix.Server):  # type: ignore[misc]
+class UNIXServerTransport(_SendsAtOnce, unix.Server):  # type: ignore[override]
     """
     In the place of :class:`twisted.internet.unix.Server`. It reads as Twisted
     does, since descriptors may come with the bytes.

@@ -9,7 +9,7 @@ test fails on this machine without us, for want of a network or because root may
 everything, does not matter. Those few that may differ are named, with their
 reasons, in :mod:`tests.conformance.expected`.
 
-Twisted's tests need more than Twisted: ``pip install 'twisted[tls,test,http2]'``.
+Twisted's tests need more than Twisted: ``pip install -e '.[conformance]'``.
 What cannot be imported is no agreement, and ends the command.
 
 ::

@@ -98,7 +98,7 @@ class _Record:
         if "cannot_load" in entry:
             raise CannotJudgeError(
                 f"{entry['cannot_load']}\n"
-                "Twisted's tests need: pip install 'twisted[tls,test,http2]'"
+                "Twisted's tests need: pip install -e '.[conformance]'"
             )
         self.planned = entry.get("planned", self.planned)
         self.running = entry.get("started")
