@@ -316,12 +316,12 @@ class Writer:
         """The kernel has taken more, or all, of what waited."""
         if self._is_gone:
             return
-        unsent = self._output.unsent
-        if not unsent:
+        if not self._output.unsent:
             self._marks = None
         if self._flushing or self._draining:
             self._tell_waiters()
-        if not unsent and not self._is_open:
+        # Whoever was told may have written more, and ended the handler.
+        if not self._is_open and not self._is_gone and not self._output.unsent:
             self._connection.all_taken()
 
     def handler_ended(self) -> None:

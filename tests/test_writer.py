@@ -24,6 +24,7 @@ from tcpsvc import (
     IWriter,
     ServerFactory,
     WhereToListen,
+    kernel,
 )
 from tests.support import in_thread, turn, until
 
@@ -621,6 +622,29 @@ async def test_close_from_a_flushed_callback_closes_once(scene: Any) -> None:
     # All had been taken before the first of them closed it.
     assert flushing == [[None]] * 3
     assert s.server.num_connections == 1
+
+
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+@pytest.mark.parametrize("kind", ["flushed", "drain"])
+@ensureDeferred
+async def test_what_a_handler_writes_last_when_it_is_told_is_sent(
+    scene: Any, kind: str, engine: str, monkeypatch: Any
+) -> None:
+    """H3, S5: it is told that all is taken, writes more, and ends."""
+    # The client has read all else by then, as a quick one has now and then.
+    monkeypatch.setattr(kernel, "nothing_pending", lambda _: True)
+    s = await scene(engine=engine)
+    s.writer.write(MUCH)
+    waiting = getattr(s.writer, kind)()
+    if kind == "drain":
+        waiting = Deferred.fromCoroutine(waiting)
+
+    def last(_: None) -> None:
+        s.writer.write(b"the last")
+        s.end.callback(None)
+
+    waiting.addCallback(last)
+    assert await in_thread(s.client.read_all) == MUCH + b"the last"
 
 
 @pytest.mark.parametrize("way", ["abort", "reader.close", "write_eof", "x3"])

@@ -273,6 +273,7 @@ class SubReactor:
         if self._poller is not None:
             # Whoever has asked us to stay has lost us too. Who comes later finds
             # us as at the beginning.
+            self.reactor.removeReader(self)
             self._poller.close()
             self._poller = None
 
