@@ -17,7 +17,7 @@ from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import LogLevel
 from zope.interface import implementer
 
-from tcpsvc import ConnectionGone, Server, ServerFactory, WhereToListen
+from tcpsvc import ConnectionGone, Server, ServerFactory, WhereToListen, kernel
 from tests.support import in_thread, the_reactor, turn, until
 
 PAYLOAD = b"x" * 8_000_000
@@ -574,8 +574,10 @@ async def test_a_client_that_sends_for_ever_is_aborted_in_the_end(
                 client.send(b"z" * 65536)
 
     blasting = in_thread(blast)
-    await until(lambda: held.reader.bytes_read)
     [connection] = server._factory.connections
+    # The reader is full, and there is more: else it might be closed at once.
+    await until(lambda: held.reader.bytes_buffered >= 131_072)
+    await until(lambda: not kernel.nothing_pending(connection._socket))
     held.end.callback(None)
     # It still sends: one that had stopped would be closed at the next look.
     await until(lambda: connection._discarded)
