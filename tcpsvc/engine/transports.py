@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet import tcp, unix
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.error import ConnectionAborted, ConnectionLost
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -330,14 +330,10 @@ class _SendsAtOnce(Watched):
         self.is_flush_due = False
         self._is_plain = False
         self._group.remove(self)
-        error = reason.value
-        if self.read_failed or not isinstance(error, ConnectionAborted):
-            if isinstance(error, ConnectionLost) and self.read_failed:
-                self.socket.close()  # The client has reset it: nothing to shut.
-            else:
-                self._closeSocket(True)
+        if self.read_failed:
+            self.socket.close()  # The client has reset it: nothing is left to shut.
         else:
-            self._closeSocket(False)
+            self._closeSocket(not isinstance(reason.value, ConnectionAborted))
         protocol = self.protocol
         del self.protocol
         del self.socket
