@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, execute, maybeDeferred
+from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IAddress, IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -319,10 +320,19 @@ class Server(Generic[AddressT, ListeningOnT]):
         return cls(where, factory, port)
 
     def begin(self) -> None:
-        """Let clients in. The second half of a creation, see :meth:`bind`."""
+        """
+        Let clients in. The second half of a creation, see :meth:`bind`.
+
+        :raises CannotListenError: there is no descriptor left to serve with. The
+            server is closed then.
+        """
         self._factory.begin_starts()
         if self._gate is not None and not self.is_closed:
-            self._gate.open()
+            try:
+                self._gate.open()
+            except OSError as error:
+                self.abandon()
+                raise CannotListenError("", str(self._address), error) from error
 
     @classmethod
     def _create(

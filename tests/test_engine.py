@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -11,7 +12,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet import tcp
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionLost
+from twisted.internet.error import CannotListenError, ConnectionLost
 from twisted.internet.interfaces import (
     IReactorFDSet,
     IReadDescriptor,
@@ -25,7 +26,7 @@ from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
-from tcpsvc import Server, WhereToListen
+from tcpsvc import LOCALHOST, Server, WhereToListen
 from tcpsvc.engine import subreactor, transports
 from tcpsvc.engine.subreactor import SubReactor
 from tests.support import Logs, in_thread, the_reactor, turn, until
@@ -970,3 +971,24 @@ async def test_an_unknown_engine_is_a_value_error(serve: Any) -> None:
     """It is named, with what there is."""
     with pytest.raises(ValueError, match=r"engine='nonsense'.*'auto'.*'reactor'"):
         await serve(echo_lines, engine="nonsense")
+
+
+@pytest.mark.parametrize("create", ["create", "create_inet"])
+@ensureDeferred
+async def test_no_descriptor_for_the_engine_is_an_error_at_creation(
+    create: str, monkeypatch: Any
+) -> None:
+    """W8: and nothing is left open, which the fixture looks at."""
+
+    def none_left() -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(subreactor.select, "epoll", none_left)
+    with pytest.raises(CannotListenError) as raised:
+        made = getattr(Server, create)(
+            WhereToListen.bind_to(LOCALHOST, 0), echo_lines, on_handler_error="ignore"
+        )
+        if create == "create":
+            await made
+    assert raised.value.socketError.errno == errno.EMFILE
+    assert group().fileno() == -1

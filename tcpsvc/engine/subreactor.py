@@ -139,8 +139,8 @@ class SubReactor:
 
         :raises OSError: no descriptor could be had.
         """
-        self._stays += 1
         self._open()
+        self._stays += 1
         self.reactor.addReader(self)  # It may have let go of all that it had.
 
     def may_leave(self) -> None:
