@@ -275,7 +275,9 @@ class StreamConnection(Connection[AddressT]):
         if self._is_held:
             self._is_held = False
             self.resume_reading()
-        elif self._chunks is None:
+        elif self._chunks is None and not self._reading_paused:
+            # On Twisted's own transports it has gone on since the accept, and may
+            # have filled the buffer by now.
             self.transport.resumeProducing()
         self._start(self._handler, self.peer, self.reader, self.writer)
 
