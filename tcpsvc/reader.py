@@ -305,6 +305,7 @@ class Reader:
         waiter = self._waiter
         if waiter is not None and size >= self._wake_at:
             self._waiter = None
+            # What waiter.wake() does, without a call more for each message.
             driver = waiter.driver
             if driver is None:
                 waiter.callback(None)

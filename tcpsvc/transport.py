@@ -71,6 +71,13 @@ class Watched:
         """How many bytes of what was written the kernel has not taken yet."""
         return len(self.dataBuffer) - self.offset + self._tempDataLen  # type: ignore[attr-defined,no-any-return]
 
+    def doWrite(self) -> Any:
+        """Send, and tell."""
+        why = super().doWrite()  # type: ignore[misc]
+        if self.watcher is not None and why is None:
+            self.watcher.sent()
+        return why
+
     def readConnectionLost(self, reason: Failure) -> None:
         """The client's FIN."""
         protocol = IHalfCloseableProtocol(self.protocol, None)  # type: ignore[attr-defined]
@@ -112,13 +119,6 @@ class _Telling(Watched):
 
     def flush_now(self) -> None:
         """The reactor will: nothing is sent before it says that there is room."""
-
-    def doWrite(self) -> Any:
-        """Send, and tell."""
-        why = super().doWrite()  # type: ignore[misc]
-        if self.watcher is not None and why is None:
-            self.watcher.sent()
-        return why
 
     def connectionLost(self, reason: Failure) -> None:
         """Tell before, and have the watcher tell the protocol."""

@@ -306,13 +306,6 @@ class _SendsAtOnce(Watched):
             return self._closeWriteConnection()
         return None
 
-    def doWrite(self) -> Any:
-        """There is room: Twisted's way, since something waits."""
-        why = super().doWrite()  # type: ignore[misc]
-        if self.watcher is not None and why is None:
-            self.watcher.sent()
-        return why
-
     # The end.
 
     def connectionLost(self, reason: Failure) -> None:
