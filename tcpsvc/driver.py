@@ -12,9 +12,8 @@ a Deferred.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from types import coroutine
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -42,12 +41,6 @@ class Suspension(Deferred[None]):
     def was_deferred(self) -> bool:
         """Whether it was used as a Deferred, which can be done once."""
         return bool(self.called)
-
-
-@coroutine
-def suspended(suspension: Suspension) -> Generator[Suspension, None, None]:
-    """Wait in a coroutine until a suspension is woken."""
-    yield suspension
 
 
 class Driver:

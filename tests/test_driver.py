@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from traceback import extract_tb
@@ -16,8 +16,14 @@ from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks, su
 from twisted.internet.defer import TimeoutError as TwistedTimeoutError
 from twisted.python.failure import Failure
 
-from tcpsvc.driver import Driver, Suspension, suspended
+from tcpsvc.driver import Driver, Suspension
 from tcpsvc.testing import MemoryServer
+
+
+@coroutine
+def suspended(suspension: Suspension) -> Generator[Suspension, None, None]:
+    """Wait in a coroutine until a suspension is woken."""
+    yield suspension
 
 
 class Boom(Exception):

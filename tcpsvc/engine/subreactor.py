@@ -391,18 +391,13 @@ class SubReactor:
 
     def _flush(self, due: list[Any]) -> None:
         """Send what was written while a connection was served."""
-        if len(due) == 1:
-            transport = due.pop()
+        # A producer that is asked for more may write at once: that is for later, or
+        # a turn might never end.
+        flushed = due[:]
+        due.clear()
+        for transport in flushed:
             if transport.is_flush_due:
                 self._flush_one(transport)
-        else:
-            # A producer that is asked for more may write at once: that is for
-            # later, or a turn might never end.
-            flushed = due[:]
-            due.clear()
-            for transport in flushed:
-                if transport.is_flush_due:
-                    self._flush_one(transport)
         if due:
             self._flush_later()
 
