@@ -36,7 +36,7 @@ class Chunks:
     :ivar unsent: how many bytes the transport has not sent yet.
     """
 
-    __slots__ = ("_connection", "_offset", "_passed", "_queue", "tells_flush", "unsent")
+    __slots__ = ("_connection", "_offset", "_passed", "_queue", "unsent")
 
     def __init__(self, connection: Chunked) -> None:
         self._connection = connection
@@ -46,7 +46,9 @@ class Chunks:
         #: How many bytes the transport has and has not sent.
         self._passed = 0
         self.unsent = 0
-        self.tells_flush = False
+
+    def report_flush(self) -> None:
+        """The transport tells of each."""
 
     def write(self, data: bytes) -> None:
         """Hand them on, or let them wait."""

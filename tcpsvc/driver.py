@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 class Suspension(Deferred[None]):
     """
     What a coroutine waits for: :meth:`wake` ends the waiting. It may be waited for
-    again, once it was woken, unless :attr:`was_deferred`.
+    again, once it was woken, unless it was used as a Deferred, and so is ``called``.
     """
 
     driver: Driver | None = None
@@ -37,11 +37,6 @@ class Suspension(Deferred[None]):
             self.driver = None
             driver.resume(None)
 
-    @property
-    def was_deferred(self) -> bool:
-        """Whether it was used as a Deferred, which can be done once."""
-        return bool(self.called)
-
 
 class Driver:
     """
@@ -51,7 +46,15 @@ class Driver:
     :param on_end: called once at its end, with what it raised or ``None``.
     """
 
-    __slots__ = ("_cancelled", "_coroutine", "_on_end", "_run", "_result", "_waiting")
+    __slots__ = (
+        "_cancelled",
+        "_coroutine",
+        "_on_end",
+        "_result",
+        "_run",
+        "_send",
+        "_waiting",
+    )
 
     def __init__(
         self,
@@ -59,9 +62,11 @@ class Driver:
         on_end: Callable[[Failure | None], None],
     ) -> None:
         self._coroutine = running
+        self._send = running.send
         self._on_end = on_end
         self._run = copy_context().run
-        #: What it waits for; itself while it runs.
+        #: What it waits for, or did last: a suspension that was woken has no driver.
+        #: The driver itself when it runs after anything else, ``None`` at the end.
         self._waiting: object = self
         self._result: object = None
         self._cancelled = False
@@ -72,14 +77,12 @@ class Driver:
 
         :param value: what it waited for; a ``Failure`` is raised in it.
         """
-        self._waiting = self
-        run = self._run
         try:
             while True:
                 if value is not None and isinstance(value, Failure):
-                    waits = run(value.throwExceptionIntoGenerator, self._coroutine)
+                    waits = self._run(value.throwExceptionIntoGenerator, self._coroutine)
                 else:
-                    waits = run(self._coroutine.send, value)
+                    waits = self._run(self._send, value)
                 if type(waits) is Suspension:
                     waits.driver = self
                 elif isinstance(waits, Deferred):
@@ -112,6 +115,7 @@ class Driver:
         if self._result is self:
             self._result = result
         else:
+            self._waiting = self
             self.resume(result)
 
     def cancel(self) -> None:
@@ -120,10 +124,10 @@ class Driver:
         now. After the end this does nothing.
         """
         waiting = self._waiting
-        if waiting is self:
-            self._cancelled = True
-        elif type(waiting) is Suspension:
+        if type(waiting) is Suspension and waiting.driver is self:
             waiting.driver = None
             self.resume(Failure(CancelledError()))
+        elif waiting is self or type(waiting) is Suspension:
+            self._cancelled = True
         elif isinstance(waiting, Deferred):
             waiting.cancel()

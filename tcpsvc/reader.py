@@ -27,6 +27,10 @@ from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
 
 
+#: More than ever arrives.
+_ENDLESS = 1 << 62
+
+
 class Input(Protocol):
     """What a reader reads from: a connection that can be paused."""
 
@@ -70,7 +74,6 @@ class Reader:
         "_data",
         "_is_closed",
         "_is_paused",
-        "_is_reading",
         "_limit",
         "_position",
         "_suspension",
@@ -88,11 +91,10 @@ class Reader:
         self._data: bytes | bytearray = b""
         self._position = 0
         self._waiter: Suspension | None = None
-        #: How many bytes the waiter waits for.
+        #: How many bytes a read waits for, until it has returned; else 0.
         self._wake_at = 0
         #: The last waiter, to be used again.
         self._suspension: Suspension | None = None
-        self._is_reading = False
         self._is_closed = False
         #: Whether reading from the socket was stopped since the buffer is full.
         self._is_paused = False
@@ -109,7 +111,7 @@ class Reader:
         :raises RuntimeError: another read is outstanding (S1), or the reader was
             closed.
         """
-        if self._is_reading or self._is_closed:
+        if self._wake_at or self._is_closed:
             self._refuse()
         if n <= 0:
             if n == 0:
@@ -129,7 +131,7 @@ class Reader:
             longer than ``reader_buffer_size``. It stays in the buffer.
         :raises RuntimeError: as :meth:`read`.
         """
-        if self._is_reading or self._is_closed:
+        if self._wake_at or self._is_closed:
             self._refuse()
         searched = 0
         while True:
@@ -162,7 +164,7 @@ class Reader:
         :raises ValueError: the separator is empty.
         :raises RuntimeError: as :meth:`read`.
         """
-        if self._is_reading or self._is_closed:
+        if self._wake_at or self._is_closed:
             self._refuse()
         size = len(separator)
         if not size:
@@ -192,7 +194,7 @@ class Reader:
         :raises ValueError: ``n`` is negative.
         :raises RuntimeError: as :meth:`read`.
         """
-        if self._is_reading or self._is_closed:
+        if self._wake_at or self._is_closed:
             self._refuse()
         if n < 0:
             raise ValueError(f"n={n} is negative")
@@ -210,7 +212,7 @@ class Reader:
         :raises ValueError: ``n`` is negative or larger than the buffer.
         :raises RuntimeError: as :meth:`read`.
         """
-        if self._is_reading or self._is_closed:
+        if self._wake_at or self._is_closed:
             self._refuse()
         if not 0 <= n <= self._limit:
             raise ValueError(f"n={n} is not in 0..{self._limit} (reader_buffer_size)")
@@ -325,7 +327,7 @@ class Reader:
     # The buffer.
 
     def _refuse(self) -> None:
-        if self._is_reading:
+        if self._wake_at:
             raise RuntimeError(
                 "another read of this connection is outstanding: await it, or "
                 "cancel it, before the next"
@@ -347,10 +349,9 @@ class Reader:
         Wait until the buffer holds so many bytes (``None``: no number is
         enough), or EOF.
         """
-        self._is_reading = True
-        self._wake_at = (1 << 62) if size is None else size
+        self._wake_at = _ENDLESS if size is None else size
         waiter = self._suspension
-        if waiter is None or waiter.was_deferred:
+        if waiter is None or waiter.called:  # By whom it was used as a Deferred.
             waiter = self._suspension = Suspension()
         self._waiter = waiter
         try:
@@ -359,12 +360,12 @@ class Reader:
             yield waiter
         except BaseException:
             self._suspension = None  # Whoever waited for it may still hold it.
+            self._waiter = None
+            if self.bytes_buffered >= self._limit:
+                self._pause()
             raise
         finally:
-            self._waiter = None
-            self._is_reading = False
-            if len(self._data) - self._position >= self._limit:
-                self._pause()
+            self._wake_at = 0
         if self._is_closed:
             raise RuntimeError("close() of the reader during a read")
 

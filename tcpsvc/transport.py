@@ -54,7 +54,6 @@ class Watched:
     Mixed into a server transport of Twisted's: it may have a watcher.
 
     :ivar watcher: who is told.
-    :ivar tells_flush: set to be told of the next flush, even if it leaves nothing.
     :ivar read_failed: whether it was a failed read that ended the connection: then
         nothing is left to be read.
     :ivar tells_errors: whether the watcher is told what the protocol raises in
@@ -62,7 +61,6 @@ class Watched:
     """
 
     watcher: Watcher | None = None
-    tells_flush = False
     read_failed = False
     tells_errors = False
 
@@ -119,6 +117,9 @@ class _Telling(Watched):
 
     def flush_now(self) -> None:
         """The reactor will: nothing is sent before it says that there is room."""
+
+    def report_flush(self) -> None:
+        """It is told of each."""
 
     def connectionLost(self, reason: Failure) -> None:
         """Tell before, and have the watcher tell the protocol."""

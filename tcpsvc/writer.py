@@ -26,17 +26,16 @@ class Output(Protocol):
     Where bytes wait until the kernel takes them.
 
     :ivar unsent: how many do.
-    :ivar tells_flush: set when the connection is to be told (``sent``) of the next
-        flush, even if nothing was left by it.
     """
-
-    tells_flush: bool
 
     @property
     def unsent(self) -> int: ...
 
     def write(self, data: bytes) -> None:
         """Send, or let wait."""
+
+    def report_flush(self) -> None:
+        """Tell the connection (``sent``) of the next flush, even if it leaves nothing."""
 
 
 class Written(Protocol):
@@ -81,11 +80,13 @@ _OPEN, _EOF, _CLOSED = "open", "eof written", "closed"
 class _Nowhere:
     """The output of a connection that is not there, or no longer."""
 
-    tells_flush = False
     unsent = 0
 
     def write(self, data: bytes) -> None:
         """Drop them."""
+
+    def report_flush(self) -> None:
+        """There will be none."""
 
 
 _NOWHERE: Output = _Nowhere()
@@ -178,7 +179,7 @@ class Writer:
                 self._draining = []
             waiter: Deferred[None] = Deferred(self._drain_cancelled)
             self._draining.append(waiter)
-            self._output.tells_flush = True
+            self._output.report_flush()
             await waiter
 
     def flushed(self) -> Deferred[None]:
@@ -197,7 +198,7 @@ class Writer:
             self._flushing = []
         waiter: Deferred[None] = Deferred(self._flush_cancelled)
         self._flushing.append((self.bytes_written, waiter))
-        self._output.tells_flush = True
+        self._output.report_flush()
         return waiter
 
     def close(self) -> None:
@@ -243,7 +244,7 @@ class Writer:
             self._state = _EOF
             self._is_open = False
             if self.bytes_to_write:
-                self._output.tells_flush = True
+                self._output.report_flush()
             elif not self._is_gone:
                 self._connection.all_taken()
         elif self._state is _CLOSED:

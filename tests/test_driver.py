@@ -107,7 +107,7 @@ def test_a_suspension_may_be_waited_for_again() -> None:
         assert len(wakes) == n
         suspension.wake()
     assert run.ends == [None]
-    assert not suspension.was_deferred
+    assert not suspension.called
 
 
 def test_a_suspension_is_a_deferred_to_everybody_else() -> None:
@@ -123,7 +123,7 @@ def test_a_suspension_is_a_deferred_to_everybody_else() -> None:
     assert results == []
     suspension.wake()
     assert results == ["done"]
-    assert suspension.was_deferred
+    assert suspension.called
 
 
 # Deferreds.

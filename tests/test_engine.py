@@ -465,6 +465,7 @@ class StandIn:
     watcher: Any = None
     connected = True
     is_flush_due = False
+    receive = None
 
     def __init__(self, name: str, served: list[str], pair: Any = None) -> None:
         self.name = name

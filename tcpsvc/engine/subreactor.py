@@ -53,6 +53,12 @@ MOST_EVENTS = 512
 MOST_RECEIVED = 65536
 LEAST_RECEIVED = 4096
 
+#: The clock is looked at when so much credit is used up, not after each connection:
+#: 8 % of an echo. A connection uses up so much of it, and one for each byte that it
+#: has sent. There is none at first, and when what was done takes long.
+MOST_CREDIT = 8192
+CREDIT_OF_ONE = 512
+
 _IN: int = getattr(select, "EPOLLIN", 0)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
 _DISCONNECTED: int = getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR", 0)
@@ -108,6 +114,7 @@ class SubReactor:
         self.due: list[Any] = []
         self.served: Any = None
         self.receive_size = MOST_RECEIVED
+        self._credit = 0
         self._poller: Any = None
         #: Who is watched, by descriptor, and for what.
         self._selectables: dict[int, Any] = {}
@@ -292,36 +299,67 @@ class SubReactor:
             events = self._poller.poll(0, MOST_EVENTS)
         is_nested = self.is_serving  # A handler has called reactor.iterate().
         outer = self.served
+        if is_nested and outer is not None and outer.is_flush_due:
+            outer.wait_for_room()  # Its own flush comes after this turn.
         self.is_serving = True
         self.turn += 1
-        end = monotonic() + TURN
         selectables = self._selectables
         due = self.due
+        size = self.receive_size
+        credit = self._credit
+        looked_at = monotonic()
+        end = looked_at + TURN
+        ready = iter(events)
         try:
-            for served, (fd, event) in enumerate(events, 1):
+            for fd, event in ready:
                 selectable = selectables.get(fd)
                 if selectable is None:
                     continue
                 self.served = selectable
-                if event == _IN:
+                if event != _IN or selectable.receive is None:
+                    self._serve_other(selectable, fd, event)
+                    credit -= CREDIT_OF_ONE
+                else:
+                    # As its doRead does, and without the way over ``due`` for
+                    # what it answers: 12 % of an echo.
                     try:
-                        why = selectable.doRead()
+                        data = selectable.receive(size)
+                    except BlockingIOError:
+                        continue
+                    except OSError:
+                        selectable.read_failed = True
+                        self._disconnect(selectable, CONNECTION_LOST, is_read=True)
+                        continue
+                    credit -= CREDIT_OF_ONE + len(data)
+                    why: Any = None
+                    try:
+                        if not data:
+                            why = CONNECTION_DONE
+                        elif selectable.is_flush_due:
+                            selectable.protocol.dataReceived(data)
+                        else:
+                            selectable.is_flush_due = True
+                            selectable.protocol.dataReceived(data)
+                            if selectable.is_flush_due and not selectable.dataBuffer:
+                                why = selectable.flush()
                     except BaseException:
                         why = self._raised(selectable)
                     if why is not None:
                         self._disconnect(selectable, why, is_read=True)
-                else:
-                    self._serve_other(selectable, fd, event)
                 if due:
                     self._flush(due)
-                if monotonic() > end:
-                    self._left.update(events[served:])
-                    if self.receive_size > LEAST_RECEIVED:
-                        self.receive_size //= 2
-                    break
+                if credit < 0:
+                    now = monotonic()
+                    if now > end:
+                        self._left.update(ready)
+                        if size > LEAST_RECEIVED:
+                            self.receive_size = size // 2
+                        break
+                    credit = self._next_credit(now - looked_at)
+                    looked_at = now
             else:
-                if self.receive_size < MOST_RECEIVED:
-                    self.receive_size *= 2
+                if size < MOST_RECEIVED:
+                    self.receive_size = size * 2
         finally:
             self.is_serving = is_nested
             self.served = outer
@@ -333,6 +371,14 @@ class SubReactor:
                     self._late.clear()
                 if not self._interests:
                     self._close_if_idle()
+
+    def _next_credit(self, spent: float) -> int:
+        """How much may be done before the clock is looked at again."""
+        if spent > TURN / 10:
+            self._credit = 0
+        else:
+            self._credit = min(MOST_CREDIT, 2 * self._credit + CREDIT_OF_ONE)
+        return self._credit
 
     def _serve_other(self, selectable: Any, fd: int, event: int) -> None:
         """As Twisted's reactors do, whatever it is that is ready."""
