@@ -239,7 +239,12 @@ class StreamConnection(Connection[AddressT]):
         is closing.
         """
         self._is_being_lost = True
-        if self._host is None and self._factory.is_listening_anywhere:
+        if (
+            self._host is None
+            and self.is_running
+            and self._factory.is_listening_anywhere
+        ):
+            # The handler may still ask: 6 % of a short connection.
             self._host = self.transport.getHost()
         if (
             self._phase is _OPEN
@@ -373,8 +378,8 @@ class StreamConnection(Connection[AddressT]):
     @property
     def host(self) -> Any:
         """
-        The own address. Once the connection is gone, and nobody had asked before,
-        it is where the server listens, which is the same.
+        The own address. It is where the server listens, when it is asked for only
+        after the handler has ended and the connection is gone.
         """
         if self._host is None:
             if self.is_socket_closed or self.transport is None:
