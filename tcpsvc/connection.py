@@ -30,6 +30,7 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
+from zope.interface import implementer
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
@@ -37,7 +38,10 @@ from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, follow
+from tcpsvc.interfaces import IConnection
 from tcpsvc.options import Settings
+from tcpsvc.reasons import Reason
+from tcpsvc.snapshot import Bytes, ConnectionSnapshot
 
 AddressT = TypeVar("AddressT")
 
@@ -53,9 +57,13 @@ class Owner(Protocol):
 
     settings: Settings
     counters: Counters
+    events: Any
     clock: Any
     reactor: Any
-    is_closed: bool
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no handler may start any more."""
 
     @property
     def is_listening_anywhere(self) -> bool:
@@ -82,21 +90,44 @@ class Owner(Protocol):
     def report(self, peer: Any, error: Failure) -> None:
         """Its handler's error is to be reported before it is over."""
 
+    def uncount(self, connection: Any) -> None:
+        """It holds no slot any more, and stays live."""
+
+    def holds_slot(self, connection: Any) -> bool:
+        """Whether it does."""
+
+    def over(self, connection: Any) -> None:
+        """It is over, and is about to let go of what it has."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether all that are live are looked at about once a second."""
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether anybody is told of the end, and of what it has moved."""
+
     def stop_reactor(self, error: BaseException) -> None:
         """Its handler has raised ``SystemExit`` or ``KeyboardInterrupt``."""
 
 
+@implementer(IConnection)
 class Connection(Generic[AddressT]):
     """
     What every live connection has.
 
     :ivar id: a number of its own within the factory, from 1 on.
     :ivar peer: the client's address.
+    :ivar is_accepted: whether observers were told of it.
+    :ivar label: what the handler calls it.
+    :ivar reason: why it ends; ``None`` until something has.
     """
 
     __slots__ = (
         "__weakref__",
         "_accepted_at",
+        "_active_at",
+        "_at_end",
         "_closed_by_server",
         "_error",
         "_error_reported",
@@ -106,18 +137,29 @@ class Connection(Generic[AddressT]):
         "_is_delivering",
         "_is_released",
         "_is_closed_with_the_server",
+        "_moved",
         "_running",
         "_socket_closed",
         "id",
+        "is_accepted",
         "is_socket_closed",
+        "label",
         "peer",
+        "reason",
     )
 
     def __init__(self, factory: Owner, id: int, peer: AddressT) -> None:
         self._factory = factory
         self.id = id
         self.peer = peer
-        self._accepted_at = factory.clock.seconds()
+        now: float = factory.clock.seconds()
+        self._accepted_at = now
+        self._active_at = now
+        self._moved = 0
+        self._at_end: tuple[float, Bytes] | None = None
+        self.is_accepted = False
+        self.label: object = None
+        self.reason: Reason | None = None
         self._handler_state = "waiting"
         self._running: Driver | Deferred[object] | None = None
         self._handler_cancelled = False
@@ -143,15 +185,24 @@ class Connection(Generic[AddressT]):
         """The handler has ended: send what it wrote, then close."""
         raise NotImplementedError  # pragma: no cover
 
-    def _traffic(self) -> dict[str, int]:
-        """Bytes in and out, where they are known."""
-        return {}
+    def abort(self) -> None:
+        """Close the socket at once with a reset."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _bytes(self) -> Bytes:
+        """Bytes in and out, ``None`` where nobody knows."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def _has_eof(self) -> bool:
+        """Whether the client has ended its side."""
+        return False
 
     # Transitions.
 
     def _start(self, handler: Callable[..., object], *args: object) -> None:
         """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
-        self._handler_state = "running"
+        self.starts()
         try:
             result = handler(*args)
         except BaseException:
@@ -166,13 +217,17 @@ class Connection(Generic[AddressT]):
             running = self._running = follow(result, handler)
             running.addCallbacks(self._handler_returned, self.handler_ended)
 
+    def starts(self) -> None:
+        """The handler runs from now on."""
+        self._handler_state = "running"
+        self._factory.events.handler_started(self)
+
     def _handler_returned(self, _: object) -> None:
         self.handler_ended(None)
 
     def refuse(self) -> None:
         """No handler is to start for this connection: close it."""
-        self._handler_state = "refused"
-        self._factory.counters.refused += 1
+        self._refused()
         self.close_now()
         self._release_if_over()
 
@@ -196,59 +251,107 @@ class Connection(Generic[AddressT]):
             lose(CLOSED)
         return True
 
-    def close_existing(self) -> None:
-        """The server closes its existing connections (spec X3)."""
-        self._is_closed_with_the_server = True
-        self.close_now()
+    def _refused(self) -> None:
+        self._handler_state = "refused"
+        self.ends_because(Reason.UNSERVED)
+        self._factory.events.connection_refused(self.peer, Reason.UNSERVED)
+
+    def close(self, reason: Reason = Reason.CLOSED) -> None:
+        """
+        Close it at once and orderly, as ``close(close_existing_connections=True)``
+        of the server does (spec X3): what the kernel took is delivered, what only
+        this process holds is discarded, and the handler reads EOF.
+        """
+        if not self.is_socket_closed:
+            self.ends_because(reason)
+            self._is_closed_with_the_server = True
+            self.close_now()
+
+    def end(self, reason: Reason) -> None:
+        """A limit is exceeded: close it, and cancel its handler."""
+        _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
+        self.close(reason)
+        self.cancel_handler()
+
+    def uncount(self) -> None:
+        """
+        It holds no slot from now on: for a long-lived connection beside which others
+        are to come in. It stays live: close and drain include it, and the limits per
+        peer and the timeouts go on. Twice is once.
+        """
+        if self.holds_slot and not self._is_released:
+            self._factory.uncount(self)
+
+    def ends_because(self, reason: Reason) -> None:
+        """Note why it ends. What comes first counts."""
+        if self.reason is None:
+            self.reason = reason
 
     def forget(self) -> None:
         """It never gets a transport: there is nothing to close."""
-        self._handler_state = "refused"
-        self._factory.counters.refused += 1
+        self._refused()
         self.socket_closed()
         self._release_if_over()
+
+    @property
+    def bytes_moved(self) -> Bytes:
+        """Bytes in and out, while it is not over."""
+        return self._bytes()
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Bytes that wait to be sent, as far as is known."""
+        return 0
 
     def handler_ended(self, failure: Failure | None) -> None:
         """The handler has finished, with what it raised or ``None``."""
         self._running = None
-        counters = self._factory.counters
+        outcome = "finished"
         if failure is None:
-            self._handler_state = "finished"
-            counters.finished += 1
+            self.ends_because(Reason.EOF if self._has_eof else Reason.FINISHED)
         elif failure.check(*STOPPING):
-            self._handler_state = "failed"
-            if self._error is not None and self._error.value is not failure.value:
-                counters.later_errors += 1
-                _log.failure(
-                    "an error of the handler of {peer} before it stopped the reactor",
-                    failure=self._error,
-                    peer=self.peer,
-                )
-            self._error_reported = True
-            counters.failed += 1
-            _log.critical(
-                "handler of {peer} raised {kind}: stopping the reactor",
-                peer=self.peer,
-                kind=type(failure.value).__name__,
-                log_failure=failure,
-            )
-            assert failure.value is not None
-            self._factory.stop_reactor(failure.value)
+            outcome = "failed"
+            self.ends_because(Reason.ERROR)
+            self._stops_reactor(failure)
         elif self._is_ordinary_end(failure):
-            self._handler_state = "left"
-            counters.left += 1
+            outcome = "left"
+            self.ends_because(
+                Reason.RESET
+                if isinstance(failure.value, ConnectionGone)
+                else Reason.CANCELLED
+            )
             _log.debug(
                 "handler of {peer} left with {error}",
                 peer=self.peer,
                 error=safe_repr(failure.value),
             )
         else:
-            self._handler_state = "failed"
-            counters.failed += 1
+            outcome = "failed"
+            self.ends_because(Reason.ERROR)
             self.fail(failure)
+        self._handler_state = outcome
+        self._factory.events.handler_ended(self, outcome, failure)
         if not self.is_socket_closed:
             self._finish()
         self._release_if_over()
+
+    def _stops_reactor(self, failure: Failure) -> None:
+        if self._error is not None and self._error.value is not failure.value:
+            self._factory.counters.later_errors += 1
+            _log.failure(
+                "an error of the handler of {peer} before it stopped the reactor",
+                failure=self._error,
+                peer=self.peer,
+            )
+        self._error_reported = True
+        _log.critical(
+            "handler of {peer} raised {kind}: stopping the reactor",
+            peer=self.peer,
+            kind=type(failure.value).__name__,
+            log_failure=failure,
+        )
+        assert failure.value is not None
+        self._factory.stop_reactor(failure.value)
 
     @property
     def when_socket_closed(self) -> Event:
@@ -269,6 +372,17 @@ class Connection(Generic[AddressT]):
         self._factory.descriptor_closed()
         self._release_if_over()
 
+    def _note_bytes(self) -> None:
+        """
+        Note how old it is and what it has moved: at its release, and before, when
+        the socket is about to be closed that is to be asked.
+        """
+        before = self._at_end
+        self._at_end = (
+            float(self._factory.clock.seconds() - self._accepted_at),
+            self._bytes() if before is None else before[1],
+        )
+
     def _release_if_over(self) -> None:
         if (
             not self._is_released
@@ -276,6 +390,8 @@ class Connection(Generic[AddressT]):
             and self._handler_state not in ("waiting", "running")
         ):
             self._is_released = True
+            self._note_bytes()
+            self._factory.over(self)
             self._let_go()
             error = None if self._error_reported else self._error
             self._factory.release(self, error)
@@ -339,16 +455,82 @@ class Connection(Generic[AddressT]):
         """Whether the handler has started and not ended."""
         return self._handler_state == "running"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its slot was released."""
+        return self._is_released
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether it counts against ``max_connections``."""
+        return self._factory.holds_slot(self)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the accept; up to the end, once it is over."""
+        if self._is_released and self._at_end is not None:
+            return self._at_end[0]
+        return float(self._factory.clock.seconds() - self._accepted_at)
+
+    @property
+    def bytes_in(self) -> int | None:
+        """Bytes received."""
+        return (self._at_end[1] if self._at_end is not None else self._bytes())[0]
+
+    @property
+    def bytes_out(self) -> int | None:
+        """Bytes that the kernel has taken."""
+        return (self._at_end[1] if self._at_end is not None else self._bytes())[1]
+
+    def look(self, now: float) -> float:
+        """
+        See whether it has moved a byte since the last look.
+
+        :returns: the time of the last look that found so.
+        """
+        bytes_in, bytes_out = self._bytes()
+        moved = (bytes_in or 0) + (bytes_out or 0)
+        if moved != self._moved:
+            self._moved = moved
+            self._active_at = now
+        return self._active_at
+
+    @property
+    def moved(self) -> int:
+        """Bytes moved, either way, up to the last look."""
+        return self._moved
+
+    def _idle(self, now: float) -> float:
+        """Seconds without a byte."""
+        if self._is_released:
+            return now - self._active_at
+        by_kernel = None if self._factory.looks else self._idle_by_kernel()
+        return now - self.look(now) if by_kernel is None else by_kernel
+
+    def _idle_by_kernel(self) -> float | None:
+        """The same, where the kernel tells."""
+        return None
+
+    def snapshot(self) -> ConnectionSnapshot:
+        """Its state now."""
+        now = self._factory.clock.seconds()
+        return ConnectionSnapshot(
+            id=self.id,
+            peer=self.peer,
+            age=self.age,
+            idle=self._idle(now),
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            handler=self._handler_state,
+            socket="closed" if self.is_socket_closed else "open",
+            holds_slot=self.holds_slot,
+            label=self.label,
+            reason=self.reason,
+        )
+
     def describe(self) -> dict[str, Any]:
         """A JSON-able description (spec I4)."""
-        return {
-            "id": self.id,
-            "peer": str(self.peer),
-            "age": self._factory.clock.seconds() - self._accepted_at,
-            "handler": self._handler_state,
-            "socket": "closed" if self.is_socket_closed else "open",
-            **self._traffic(),
-        }
+        return self.snapshot().describe()
 
     def __repr__(self) -> str:
         return (

@@ -80,7 +80,9 @@ class Driver:
         try:
             while True:
                 if value is not None and isinstance(value, Failure):
-                    waits = self._run(value.throwExceptionIntoGenerator, self._coroutine)
+                    waits = self._run(
+                        value.throwExceptionIntoGenerator, self._coroutine
+                    )
                 else:
                     waits = self._run(self._send, value)
                 if type(waits) is Suspension:

@@ -4,8 +4,8 @@ The factory: which connections are live, who is admitted, who is dropped.
 :class:`ServerFactory` is what a :class:`tcpsvc.Server` listens with. It is
 public, so that an application that has an endpoint already can listen with it.
 
-Every change of the number of taken slots is in :meth:`ServerFactory._admit` and
-:meth:`ServerFactory.release`.
+Who is admitted, in one place: :meth:`ServerFactory.has_place` says whether the next
+client may be accepted, :meth:`ServerFactory.refusal_of` whether it is sent away then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import (
     IAddress,
+    IDelayedCall,
     IProtocolFactory,
     IProtocolNegotiationFactory,
 )
@@ -29,22 +30,33 @@ from zope.interface import alsoProvides
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.admission import Admission, host_of
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
+from tcpsvc.events import Broadcast, check_observer
+from tcpsvc.eviction import RANKING_LASTS, Eviction
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
+from tcpsvc.networks import Networks
 from tcpsvc.options import (
     Options,
     Settings,
     StreamOptions,
     at_least_one,
+    change_options,
     check_options,
 )
-from tcpsvc.protocol_connection import ProtocolConnection, Refuser
+from tcpsvc.overflow import Refusal, Reply
+from tcpsvc.protocol_connection import Aborter, ProtocolConnection, Refuser
+from tcpsvc.rate import Rate
+from tcpsvc.reasons import LIMITS, Reason
+from tcpsvc.refusing import Replies
+from tcpsvc.slots import Slots
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
+from tcpsvc.timeouts import Timeouts
 from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
@@ -52,6 +64,12 @@ if TYPE_CHECKING:
 
 #: At the limit there is one warning in so many seconds (spec A3).
 WARNING_INTERVAL = 60.0
+
+#: The options that a reason is the limit of.
+_LIMITS_OF = {
+    reason: {name for name, limit in LIMITS.items() if limit is reason}
+    for reason in LIMITS.values()
+}
 
 
 class ServerFactory(protocol.ServerFactory):
@@ -74,10 +92,12 @@ class ServerFactory(protocol.ServerFactory):
         make_connection: Callable[..., Any],
         settings: Settings,
         *,
+        options: Any = Options,
         reactor: Any = None,
         clock: Any = None,
         user_factory: Any = None,
         takes_sockets: bool = False,
+        observer: Any = None,
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
         if reactor is None:
@@ -85,20 +105,36 @@ class ServerFactory(protocol.ServerFactory):
         self.reactor = reactor
         self.clock = reactor if clock is None else clock
         self.settings = settings
+        self._options = options
         self.counters = Counters()
+        #: Who is told what happens.
+        self.events: Any = self.counters
+        self._observers: list[Any] = []
+        if observer is not None:
+            self.add_observer(observer)
         self.is_dropping = settings.drop_incoming_connections
         self.is_closed = False
-        self._max_connections = settings.max_connections
-        #: What was live when the limit was lowered may exceed it.
-        self._allowed = settings.max_connections
+        self.slots = Slots(settings.max_connections)
+        self._admission = Admission(settings)
+        self._eviction = Eviction()
+        self._replies = Replies(self)
+        self._timeouts = Timeouts(settings)
         self._make_connection = make_connection
         self._user_factory = user_factory
         self.takes_sockets = takes_sockets
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
-        self._sweeper = Sweeper(self.clock)
-        #: Live connections, in the order of their accepts; each holds a slot.
-        self._live: dict[int, Connection[Any]] = {}
+        self._live: dict[int, Connection[Any]] = self.slots.live
+        self._sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
+        self._sweep_as_needed()
+        #: What a dry run has told of live connections, once each.
+        self._told: dict[int, set[Reason]] = {}
+        #: Accepted clients are to be this few until then, for accept_rate.
+        self._rate_wait: IDelayedCall | None = None
+        #: Whether a gate asks before it accepts.
+        self.is_gated = False
+        #: What the next client is told instead of being served.
+        self._reply: Reply | None = None
         #: Accepted by a port that cannot be told to stop; none holds a slot.
         self._held: deque[Any] = deque()
         self._held_unconnected: dict[int, Any] = {}
@@ -106,7 +142,8 @@ class ServerFactory(protocol.ServerFactory):
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
         self._last_id = 0
-        self._warned_at: float | None = None
+        #: When it was last said that clients are refused, by the reason.
+        self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
         self._on_place: Callable[[], None] = _nothing
@@ -141,7 +178,7 @@ class ServerFactory(protocol.ServerFactory):
         def make(factory: ServerFactory, id: int, peer: Any) -> Connection[Any]:
             return StreamConnection(factory, id, peer, handler)
 
-        return cls(make, settings, **_times(options))
+        return cls(make, settings, options=StreamOptions, **_not_settings(options))
 
     @classmethod
     def of_protocols(
@@ -167,7 +204,7 @@ class ServerFactory(protocol.ServerFactory):
         def make(factory: ServerFactory, id: int, peer: Any) -> Connection[Any]:
             return ProtocolConnection(factory, id, peer, user_factory)
 
-        made = cls(make, settings, user_factory=user_factory, **_times(options))
+        made = cls(make, settings, user_factory=user_factory, **_not_settings(options))
         if IProtocolNegotiationFactory.providedBy(user_factory):
             # TLS asks the factory that it wraps which protocols it speaks (ALPN).
             negotiating: Any = user_factory
@@ -199,14 +236,14 @@ class ServerFactory(protocol.ServerFactory):
         ) -> Connection[Any]:
             return SockConnection(factory, id, peer, client, handler)
 
-        return cls(make, settings, takes_sockets=True, **_times(options))
+        return cls(make, settings, takes_sockets=True, **_not_settings(options))
 
     # Who is admitted.
 
     @property
     def num_connections(self) -> int:
         """How many slots are taken (spec A5)."""
-        return len(self._live)
+        return self.slots.taken
 
     @property
     def max_connections(self) -> int:
@@ -214,13 +251,64 @@ class ServerFactory(protocol.ServerFactory):
         How many slots there are. It may be set at any time; a lowered limit
         closes nobody.
         """
-        return self._max_connections
+        return self.slots.limit
 
     @max_connections.setter
     def max_connections(self, limit: int) -> None:
-        self._max_connections = at_least_one("max_connections", limit)
-        self._allowed = max(limit, len(self._live))
+        at_least_one("max_connections", limit)
+        self.change({"max_connections": limit})
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """
+        Other options from now on, all or, if one is wrong, none.
+
+        :raises ValueError: an option has a bad value.
+        :raises TypeError: an option is unknown, or cannot be changed.
+        """
+        before = self.settings
+        settings = change_options(self._options, before, changes)
+        self.settings = settings
+        self._failures.policy = settings.on_handler_error
+        self.slots.limit = settings.max_connections
+        counted = self._admission.counts_peers
+        self._admission.change(settings)
+        if self._admission.counts_peers and not counted:
+            now = self.clock.seconds()
+            for connection in self._live.values():
+                self._admission.enter(connection, host_of(connection.peer), now)
+        self._timeouts.change(settings)
+        self._sweep_as_needed()
+        if settings.accept_rate != before.accept_rate or settings.dry_run:
+            self._stop_waiting_for_rate()
         self._place_found()
+
+    def add_observer(self, observer: Any) -> None:
+        """
+        Tell one more what happens from now on.
+
+        :raises ValueError: it is no :class:`tcpsvc.IObserver`.
+        """
+        check_observer(observer)
+        self._observers.append(observer)
+        self.events = Broadcast([self.counters, *self._observers])
+
+    def remove_observer(self, observer: Any) -> None:
+        """
+        Tell it no more.
+
+        :raises ValueError: it was not added.
+        """
+        self._observers.remove(observer)
+        self.events = (
+            Broadcast([self.counters, *self._observers])
+            if self._observers
+            else self.counters
+        )
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether anybody is told but the counters."""
+        return bool(self._observers)
 
     @property
     def is_reporting_errors(self) -> bool:
@@ -241,32 +329,133 @@ class ServerFactory(protocol.ServerFactory):
         """
         self.is_dropping = bool(drop)
         if drop:
-            self._refuse_held(self._count_dropped)
+            self._refuse_held(Reason.DROPPED)
         self._on_place()
 
     def has_place(self) -> bool:
         """Whether the next client may be accepted. The rule of the gate."""
-        return not self.is_closed and (
-            self.is_dropping or len(self._live) < self._max_connections
+        if self.is_closed:
+            return False
+        if self.is_dropping:
+            return True
+        if self._rate_wait is not None:
+            return False
+        return not self.slots.is_full or self._accepts_beyond()
+
+    def _accepts_beyond(self) -> bool:
+        """Whether clients are accepted although no slot is free."""
+        overflow = self.settings.overflow
+        if "max_connections" in self.settings.dry_run:
+            return True
+        if overflow == "evict":
+            return self.slots.taken > self._eviction.under_way
+        return overflow != "hold"
+
+    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None:
+        """
+        Whether an accepted client is to be sent away, why and how.
+
+        :param host: its IP address; ``None`` for a UNIX client.
+        """
+        if self.is_dropping:
+            return Reason.DROPPED, "drop"
+        if self._admission.asks:
+            reason = self._admission.refusal(
+                host,
+                self.clock.seconds(),
+                lambda reason: self._in_dry_run(host, reason),
+            )
+            if reason is not None:
+                return reason, self.settings.refusal
+        if not self.slots.is_full:
+            return None
+        overflow = self.settings.overflow
+        if "max_connections" in self.settings.dry_run:
+            self._in_dry_run(host, Reason.OVERFLOW)
+        elif overflow == "evict":
+            self._evict()
+        elif overflow != "hold":
+            return Reason.OVERFLOW, overflow
+        return None
+
+    def _evict(self) -> None:
+        now = self.clock.seconds()
+        victim = self._eviction.choose(
+            (c for c in self._live.values() if self.slots.holds(c)), now
         )
+        if victim is not None:
+            victim.end(Reason.EVICTED)
+
+    def refused(self, address: Any, reason: Reason) -> None:
+        """A client was sent away."""
+        self.events.connection_refused(address, reason)
+        if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
+            self._log.warn(
+                "{address}: refusing clients: {reason}, {count} so far",
+                address=address_text(self._listening_on() or "a server"),
+                reason=reason.value,
+                count=self.counters.refusals[reason.value],
+            )
+
+    def _in_dry_run(self, address: Any, reason: Reason) -> None:
+        """A limit would have refused, or ended, what it lets pass."""
+        self.events.refused_in_dry_run(address, reason)
+        if self._may_warn(f"dry run {reason.value}"):
+            self._log.warn(
+                "{address}: dry run: {client} would have been refused or ended: "
+                "{reason}, {count} so far",
+                address=address_text(self._listening_on() or "a server"),
+                client=address,
+                reason=reason.value,
+                count=self.counters.would_refuse[reason.value],
+            )
+
+    def _may_warn(self, of: Reason | str) -> bool:
+        """Whether that was not said for a while (spec A3)."""
+        now = self.clock.seconds()
+        warned_at = self._warned_at.get(of)
+        if warned_at is not None and now - warned_at < WARNING_INTERVAL:
+            return False
+        self._warned_at[of] = now
+        return True
+
+    def say_instead(self, reply: Reply) -> bool:
+        """
+        The next client is told this, and not served.
+
+        :returns: whether that can be done.
+        """
+        if not self._replies.may_reply:
+            return False
+        self._reply = reply
+        return True
+
+    @property
+    def replies_next(self) -> bool:
+        """Whether the next client is told something, and not served."""
+        return self._reply is not None
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """A client was accepted: the protocol that serves, holds or ends it."""
+        if self._reply is not None:
+            reply, self._reply = self._reply, None
+            return self._replies.reply(addr, self._next_id(), reply)
         if self.is_closed:
-            self.counters.refused += 1
+            self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if self.takes_sockets:
             self._log.error(
                 "{peer} refused: only a tcpsvc.Server can serve a socket handler",
                 peer=addr,
             )
-            self.counters.refused += 1
+            self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
-        if self.is_dropping:
-            self.counters.dropped += 1
-            return Refuser()
+        if not self.is_gated:
+            refusal = self.refusal_of(host_of(addr))
+            if refusal is not None:
+                return self._sent_away(addr, *refusal)
         connection: Any = self._make_connection(self, self._next_id(), addr)
-        if len(self._live) >= self._max_connections or self._held:
+        if self._must_hold():
             connection.hold()
             self._held_unconnected[connection.id] = connection
             return connection
@@ -277,22 +466,40 @@ class ServerFactory(protocol.ServerFactory):
         ):
             connection.forget()
             return Refuser()
-        self.counters.accepted += 1
+        self._accepted(connection)
         return connection
+
+    def _sent_away(self, address: Any, reason: Reason, how: Refusal) -> Any:
+        """What ends a client of a port that cannot be gated."""
+        self.refused(address, reason)
+        if isinstance(how, Reply) and self._replies.may_reply:
+            return self._replies.reply(address, self._next_id(), how)
+        return Refuser() if how == "drop" else Aborter()
+
+    def _must_hold(self) -> bool:
+        """Whether an accepted client is to wait for a slot."""
+        if self._held or self._rate_wait is not None:
+            return True
+        return self.slots.is_full and ("max_connections" not in self.settings.dry_run)
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
-        connection = self._make_connection(self, self._next_id(), address, client)
+        connection: Any = self._make_connection(self, self._next_id(), address, client)
         self.set_socket_options(client)
+        if self._must_hold():
+            connection.hold()
+            self._held.append(connection)
+            self._place_found()
+            return
         self._admit(connection)
-        self.counters.accepted += 1
+        self._accepted(connection)
         self._starts.add(connection)
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
         held = self._held_unconnected.pop(connection.id, None) is not None
         if held and self.is_closed:
-            self.counters.refused += 1
+            self.events.connection_refused(connection.peer, Reason.UNSERVED)
             connection.close_now()
         elif held:
             self._held.append(connection)
@@ -318,28 +525,66 @@ class ServerFactory(protocol.ServerFactory):
 
     def _admit(self, connection: Connection[Any]) -> None:
         """Take a slot."""
-        self._live[connection.id] = connection
-        if len(self._live) >= self._max_connections:
-            self._warn_at_limit()
-
-    def _warn_at_limit(self) -> None:
+        may_exceed = "max_connections" in self.settings.dry_run
+        self.slots.take(connection, may_exceed=may_exceed)
+        self._sweeper.began()
         now = self.clock.seconds()
-        if self._warned_at is None or now - self._warned_at >= WARNING_INTERVAL:
-            self._warned_at = now
+        self._admission.enter(connection, host_of(connection.peer), now)
+        wait = self._admission.wait(
+            now, lambda reason: self._in_dry_run(connection.peer, reason)
+        )
+        if wait > 0 and self._rate_wait is None:
+            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
+        if self.slots.is_full:
+            self._reached_limit()
+
+    def _accepted(self, connection: Connection[Any]) -> None:
+        connection.is_accepted = True
+        self.events.connection_accepted(connection)
+
+    def _reached_limit(self) -> None:
+        self.events.limit_reached("max_connections")
+        if self.settings.overflow == "hold" and self._may_warn("max_connections"):
             self._log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
                 address=address_text(self._listening_on() or "a server"),
-                limit=self._max_connections,
+                limit=self.max_connections,
             )
+
+    def _rate_allows(self) -> None:
+        self._rate_wait = None
+        self._place_found()
+
+    def _stop_waiting_for_rate(self) -> None:
+        if self._rate_wait is not None:
+            self._rate_wait.cancel()
+            self._rate_wait = None
+
+    def uncount(self, connection: Connection[Any]) -> None:
+        """It holds no slot any more: the next client may come in."""
+        self.slots.uncount(connection)
+        self._place_found()
+
+    def holds_slot(self, connection: Connection[Any]) -> bool:
+        """Whether it does."""
+        return self.slots.holds(connection)
+
+    def over(self, connection: Connection[Any]) -> None:
+        """It is over, and still has what it had."""
+        if connection.is_accepted:
+            self.events.connection_finished(connection)
 
     def release(self, connection: Connection[Any], error: Failure | None) -> None:
         """
         Free the slot of a connection that is over; then report its handler's
         error, then let the next client in (spec H4).
         """
-        del self._live[connection.id]
-        self._allowed = max(self._max_connections, len(self._live))
-        self._sweeper.forget(connection)  # type: ignore[arg-type]
+        self.slots.free(connection)
+        self._admission.leave(connection)
+        self._eviction.forget(connection)
+        self._timeouts.forget(connection)
+        self._told.pop(connection.id, None)
+        self._sweeper.forget(connection)
         if error is not None:
             self.report(connection.peer, error)
         self._place_found()
@@ -349,11 +594,12 @@ class ServerFactory(protocol.ServerFactory):
         while (
             self._held
             and not self.is_closed
-            and len(self._live) < self._max_connections
+            and self._rate_wait is None
+            and not self.slots.is_full
         ):
             connection = self._held.popleft()
             self._admit(connection)
-            self.counters.accepted += 1
+            self._accepted(connection)
             self._starts.add(connection)
         self._on_place()
 
@@ -402,7 +648,9 @@ class ServerFactory(protocol.ServerFactory):
         if self.is_closed:
             return
         self.is_closed = True
-        self._refuse_held(self._count_refused)
+        self._stop_waiting_for_rate()
+        self._refuse_held(Reason.UNSERVED)
+        self._replies.close()
         self._starts.refuse_all()
         self._maybe_over()
 
@@ -416,7 +664,7 @@ class ServerFactory(protocol.ServerFactory):
         closed = []
         for connection in list(self._live.values()):
             closed.append(connection.when_socket_closed.wait())
-            connection.close_existing()
+            connection.close()
         return all_of(closed)
 
     def cancel_handlers(self) -> None:
@@ -441,16 +689,38 @@ class ServerFactory(protocol.ServerFactory):
         """Everything has ended: :meth:`failed` fires, unless it has failed."""
         self._failures.over()
 
-    def _refuse_held(self, count: Callable[[], None]) -> None:
+    def _refuse_held(self, reason: Reason) -> None:
         while self._held:
-            count()
-            self._held.popleft().close_now()
+            connection = self._held.popleft()
+            self.events.connection_refused(connection.peer, reason)
+            connection.close_now()
 
-    def _count_dropped(self) -> None:
-        self.counters.dropped += 1
+    # Timeouts.
 
-    def _count_refused(self) -> None:
-        self.counters.refused += 1
+    @property
+    def looks(self) -> bool:
+        """Whether all that are live are looked at about once a second."""
+        return self._sweeper.sweeps_all
+
+    def _sweep_as_needed(self) -> None:
+        timeout = self._timeouts.shortest
+        if timeout is None and self.settings.overflow == "evict":
+            timeout = RANKING_LASTS * 4
+        self._sweeper.sweep_all(timeout)
+
+    def _look_at_timeouts(self, connection: Any, now: float) -> None:
+        if not connection.is_running:
+            return
+        reason = self._timeouts.overdue(connection, now)
+        if reason is None:
+            return
+        if not self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+            told = self._told.setdefault(connection.id, set())
+            if reason not in told:
+                told.add(reason)
+                self._in_dry_run(connection.peer, reason)
+            return
+        connection.end(reason)
 
     # For the gate and the connections.
 
@@ -517,12 +787,13 @@ class ServerFactory(protocol.ServerFactory):
     def describe(self) -> dict[str, Any]:
         """A JSON-able description of the state (spec I4)."""
         return {
-            "num_connections": len(self._live),
-            "max_connections": self._max_connections,
+            "num_connections": self.num_connections,
+            "max_connections": self.max_connections,
             "options": self._describe_options(),
             "is_closed": self.is_closed,
             "is_dropping_incoming_connections": self.is_dropping,
             "held": len(self._held),
+            "peers": self._admission.describe(),
             "connections": [c.describe() for c in self._live.values()],
             "counters": asdict(self.counters),
         }
@@ -531,7 +802,8 @@ class ServerFactory(protocol.ServerFactory):
         options = {
             f.name: getattr(self.settings, f.name) for f in fields(self.settings)
         }
-        options["max_connections"] = self._max_connections
+        for name, value in options.items():
+            options[name] = _as_json(value)
         policy = options["on_handler_error"]
         if not isinstance(policy, str):
             options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
@@ -541,29 +813,18 @@ class ServerFactory(protocol.ServerFactory):
         """
         :raises AssertionError: the state is broken; it says how (spec I1).
         """
-        live = len(self._live)
-        checks = {
-            "max_connections >= 1": self._max_connections >= 1,
-            "max_accepts_per_batch >= 1": self.settings.max_accepts_per_batch >= 1,
-            "num_connections <= max_connections": live <= self._allowed,
-            "each live connection is known once": len(
-                {id(c) for c in self._live.values()}
-            )
-            == live,
-            "live connections are not over": not any(
-                c._is_released for c in self._live.values()
-            ),
-            "nothing live after the end": not (
-                self._when_over.has_happened and (live or self._failures.is_reporting)
-            ),
-        }
-        broken = [check for check, holds in checks.items() if not holds]
+        broken = self.slots.broken()
+        self._admission.invariant()
+        if self.settings.max_accepts_per_batch < 1:
+            broken.append("max_accepts_per_batch >= 1")
+        if self._when_over.has_happened and (self._live or self._failures.is_reporting):
+            broken.append("nothing live after the end")
         if broken:
             raise AssertionError(f"broken: {', '.join(broken)}: {self.describe()}")
 
     def __repr__(self) -> str:
         return (
-            f"<{type(self).__name__} {len(self._live)}/{self._max_connections} "
+            f"<{type(self).__name__} {self.num_connections}/{self.max_connections} "
             f"connections{' closed' if self.is_closed else ''}>"
         )
 
@@ -572,8 +833,18 @@ def _nothing(*_: object) -> None:
     """What is called while nobody has asked to be."""
 
 
-def _times(options: Any) -> dict[str, Any]:
-    return {"reactor": options.get("reactor"), "clock": options.get("clock")}
+def _not_settings(options: Any) -> dict[str, Any]:
+    return {name: options.get(name) for name in ("reactor", "clock", "observer")}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Networks):
+        return [str(network) for network in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, (Rate, Reply)):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_callable(handler: object) -> None:

@@ -33,6 +33,9 @@ from tcpsvc.engine import Engine, engage
 from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly, has_nodelay, set_options
 from tcpsvc.options import Settings
+from tcpsvc.overflow import Refusal, Reply
+from tcpsvc.reasons import Reason
+from tcpsvc.refusing import send_away
 from tcpsvc.transport import telling
 
 #: The process or the host has run out of something that will come back.
@@ -61,7 +64,7 @@ def can_gate(port: IListeningPort) -> bool:
     return isinstance(port, tcp.Port)
 
 
-class Admission(Protocol):
+class Admits(Protocol):
     """What a gate asks, and whom it tells: the factory."""
 
     settings: Settings
@@ -69,6 +72,7 @@ class Admission(Protocol):
     clock: Any
     is_dropping: bool
     inherits_nodelay: bool
+    is_gated: bool
     takes_sockets: bool
 
     @property
@@ -77,7 +81,22 @@ class Admission(Protocol):
     @property
     def max_connections(self) -> int: ...
 
+    @property
+    def is_observed(self) -> bool: ...
+
+    @property
+    def events(self) -> Any: ...
+
+    @property
+    def replies_next(self) -> bool: ...
+
     def has_place(self) -> bool: ...
+
+    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None: ...
+
+    def refused(self, address: Any, reason: Reason) -> None: ...
+
+    def say_instead(self, reply: Reply) -> bool: ...
 
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
@@ -97,7 +116,7 @@ class Gate:
 
     _log = Logger(namespace="tcpsvc")
 
-    def __init__(self, port: Any, factory: Admission) -> None:
+    def __init__(self, port: Any, factory: Admits) -> None:
         self._port = port
         self._factory = factory
         self._retry: IDelayedCall | None = None
@@ -110,6 +129,7 @@ class Gate:
         if type(port) is tcp.Port and port._preexistingSocket is None:
             # An endpoint has opened it for us alone.
             set_options(port.socket, nodelay=True, keepalive=False)
+        factory.is_gated = True
         factory.inherits_nodelay = has_nodelay(port.socket)
         #: Serves the connections; ``None`` where Twisted's own transports do.
         self._engine: Engine | None = None
@@ -182,14 +202,30 @@ class Gate:
                 return
             self._in_episode = False
             taken += 1
-            if factory.is_dropping:
-                factory.counters.dropped += 1
-                close_orderly(client)
-            else:
+            host = address[0] if isinstance(address, tuple) else None
+            refusal = factory.refusal_of(host)
+            if refusal is None:
                 self._take(client, address)
+            else:
+                self._send_away(client, address, *refusal)
             if not self._is_open:
                 return
         self.update()
+
+    def _send_away(
+        self, client: socket.socket, address: Any, reason: Reason, how: Refusal
+    ) -> None:
+        factory = self._factory
+        if factory.is_observed:
+            factory.refused(self._port._buildAddr(address), reason)
+        else:
+            factory.refused(None, reason)
+        if not isinstance(how, Reply):
+            send_away(client, how)
+        elif factory.say_instead(how):
+            self._take(client, address)
+        else:
+            send_away(client, "reset")
 
     def _accept(self) -> tuple[socket.socket, Any]:
         listening = self._port.socket
@@ -224,7 +260,7 @@ class Gate:
                     address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
                 )
                 address = (host, *address[1:])
-            if self._factory.takes_sockets:
+            if self._factory.takes_sockets and not self._factory.replies_next:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
                 return
@@ -279,7 +315,7 @@ class Gate:
                 limit=self._factory.max_connections,
             )
         self._in_episode = True
-        self._factory.counters.accept_errors += 1
+        self._factory.events.accept_failed(error)
         self._retry = self._factory.clock.callLater(EXHAUSTION_PAUSE, self._try_again)
         self.update()
 

@@ -110,3 +110,73 @@ class IServer(Interface):
 
     def describe():  # type: ignore[no-untyped-def]
         """A JSON-able description."""
+
+
+class IConnection(Interface):
+    """A live connection: of ``server.connection(id)``, ``writer.connection``."""
+
+    id = Attribute("Its number within the server, from 1 on.")
+    peer = Attribute("The client's address.")
+    label = Attribute("What the handler calls it. To be set; default None.")
+    reason = Attribute("Why it ends, a tcpsvc.Reason; None until something has.")
+    age = Attribute("Seconds since its accept, up to its end.")
+    bytes_in = Attribute("Bytes received; None where nobody knows.")
+    bytes_out = Attribute("Bytes sent; None where nobody knows.")
+
+    def snapshot():  # type: ignore[no-untyped-def]
+        """Its state now, a tcpsvc.ConnectionSnapshot."""
+
+    def close():  # type: ignore[no-untyped-def]
+        """Close it at once and orderly, as the server's close does."""
+
+    def abort():  # type: ignore[no-untyped-def]
+        """Close it with a reset."""
+
+    def uncount():  # type: ignore[no-untyped-def]
+        """It holds no slot from now on, and stays live."""
+
+
+class IObserver(Interface):
+    """
+    Who is told what happens in a server. Derive from :class:`tcpsvc.Observer` to
+    override some of it.
+    """
+
+    def connection_accepted(connection):  # type: ignore[no-untyped-def]
+        """An IConnection has taken a slot."""
+
+    def connection_refused(address, reason):  # type: ignore[no-untyped-def]
+        """A client was not let in, for a tcpsvc.Reason."""
+
+    def refused_in_dry_run(address, reason):  # type: ignore[no-untyped-def]
+        """It would have been refused, or ended, but for ``dry_run``."""
+
+    def handler_started(connection):  # type: ignore[no-untyped-def]
+        """The handler of an IConnection runs."""
+
+    def handler_ended(connection, outcome, failure):  # type: ignore[no-untyped-def]
+        """
+        It has ended: ``"finished"``, ``"left"`` (its connection was gone, or it was
+        cancelled), or ``"failed"``, with its Failure.
+        """
+
+    def connection_finished(connection):  # type: ignore[no-untyped-def]
+        """An IConnection is over: its reason, age and bytes are final."""
+
+    def limit_reached(limit):  # type: ignore[no-untyped-def]
+        """A limit, by the name of its option: further clients wait, or are refused."""
+
+    def accept_failed(error):  # type: ignore[no-untyped-def]
+        """Accepting has failed with an OSError."""
+
+    def server_paused(how):  # type: ignore[no-untyped-def]
+        """It accepts nobody: ``"hold"`` or ``"refuse"``."""
+
+    def server_resumed():  # type: ignore[no-untyped-def]
+        """It accepts again."""
+
+    def server_draining():  # type: ignore[no-untyped-def]
+        """A drain has begun."""
+
+    def server_drained(report):  # type: ignore[no-untyped-def]
+        """It is over; with its report."""

@@ -19,8 +19,16 @@ _SIOCINQ = termios.FIONREAD
 _SIOCOUTQ = termios.TIOCOUTQ
 #: Where the kernel puts a number; read at once.
 _ANSWER = array.array("i", [0])
-_TCP_INFO_SIZE = 128
+_TCP_INFO_SIZE = 136
 _TCPI_BYTES_ACKED = 120
+#: tcpi_bytes_acked and tcpi_bytes_received.
+_TCPI_BYTES = struct.Struct("=QQ")
+_TCPI_LAST_DATA_SENT = 44
+#: tcpi_last_data_sent, tcpi_last_ack_sent and tcpi_last_data_recv, in ms.
+_TCPI_LAST = struct.Struct("=III")
+#: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT and CLOSE.
+_TCP_STATES_AFTER_FIN = frozenset({8, 9, 11, 6, 7})
+_LINGER_NOT = struct.pack("ii", 1, 0)
 _HAS_TCP_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
 
 
@@ -71,6 +79,48 @@ def close_orderly(client: socket.socket) -> None:
     client.close()
 
 
+def close_with_reset(client: socket.socket) -> None:
+    """The client hears at once that nothing will come; nothing is left to wait for."""
+    try:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    except OSError:
+        pass
+    client.close()
+
+
+def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
+    """
+    How many bytes have come in, and how many the client's kernel has acknowledged,
+    since the start; ``None`` where the kernel does not tell: on UNIX sockets, and
+    once the socket is closed.
+    """
+    info = _tcp_info(connected)
+    if info is None:
+        return None, None
+    acknowledged, received = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_ACKED)
+    # The client's FIN counts for a byte.
+    return received - (info[0] in _TCP_STATES_AFTER_FIN), acknowledged
+
+
+def idle(connected: socket.socket | None) -> float | None:
+    """Seconds since the last byte came in or went out, as :func:`traffic`."""
+    info = _tcp_info(connected)
+    if info is None:
+        return None
+    sent, _, received = _TCPI_LAST.unpack_from(info, _TCPI_LAST_DATA_SENT)
+    return min(sent, received) / 1000
+
+
+def _tcp_info(connected: socket.socket | None) -> bytes | None:
+    if connected is None or not _HAS_TCP_INFO:
+        return None
+    try:
+        info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    except OSError:
+        return None
+    return info if len(info) == _TCP_INFO_SIZE else None
+
+
 def _queued(connected: socket.socket, request: int) -> int | None:
     try:
         fcntl.ioctl(connected.fileno(), request, _ANSWER)
@@ -108,14 +158,4 @@ def output_state(connected: socket.socket | None) -> tuple[int | None, int | Non
     """
     if connected is None:
         return None, None
-    acknowledged = None
-    if _HAS_TCP_INFO and connected.family != socket.AF_UNIX:
-        try:
-            info = connected.getsockopt(
-                socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE
-            )
-        except OSError:
-            info = b""
-        if len(info) == _TCP_INFO_SIZE:
-            (acknowledged,) = struct.unpack_from("=Q", info, _TCPI_BYTES_ACKED)
-    return _queued(connected, _SIOCOUTQ), acknowledged
+    return _queued(connected, _SIOCOUTQ), traffic(connected)[1]

@@ -5,12 +5,20 @@ wrong value (spec A2, W5). Everything is looked at before anything is opened.
 
 from __future__ import annotations
 
+import math
 import resource
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Literal, TypedDict
 
+from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
+from tcpsvc.networks import Networks
+from tcpsvc.overflow import Overflow, Refusal, check_overflow, check_refusal
+from tcpsvc.rate import Rate
+from tcpsvc.reasons import LIMITS
 
 #: The default of ``backlog``, as in Async.
 BACKLOG = 64
@@ -21,12 +29,19 @@ MOST_BACKLOG = 2**31 - 1
 #: The default of ``max_connections`` where there is no limit of open files.
 MOST_CONNECTIONS = 10_000
 
+#: What a network may be given as.
+Network = str | IPv4Address | IPv4Network | IPv6Address | IPv6Network
+
 #: What ``engine`` may be.
 ENGINES = ("auto", "reactor")
 
 #: Seconds (spec S6, H3).
 BUFFER_AGE_LIMIT = 120.0
 FLUSH_TIMEOUT = 30.0
+
+THROUGHPUT_WINDOW = 30.0
+
+NO_NETWORKS = Networks(())
 
 #: Bytes (spec S3, S5).
 READER_BUFFER_SIZE = 131_072
@@ -57,17 +72,97 @@ def at_least_one(name: str, value: object) -> int:
     return value
 
 
-def seconds(name: str, value: object) -> float:
+def positive(name: str, value: object, unit: str) -> float:
     """
     :returns: the value.
-    :raises ValueError: ``value`` is not above 0.
+    :raises ValueError: ``value`` is not above 0, or is not finite.
     :raises TypeError: it is no number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is not a number of seconds")
-    if not value > 0:
-        raise ValueError(f"{name}={value} is not above 0 seconds")
+        raise TypeError(f"{name}={value!r} is not a number of {unit}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} is not above 0 {unit}")
     return float(value)
+
+
+def seconds(name: str, value: object) -> float:
+    """As :func:`positive`, of seconds."""
+    return positive(name, value, "seconds")
+
+
+def check_prefixes(value: object) -> None:
+    """
+    :raises ValueError: it is no pair of prefix lengths for IPv4 and IPv6.
+    """
+    if not (
+        isinstance(value, tuple)
+        and [type(length) for length in value] == [int, int]
+        and 1 <= value[0] <= 32
+        and 1 <= value[1] <= 128
+    ):
+        raise ValueError(
+            f"peer_prefixes={value!r} is not a pair of prefix lengths, of IPv4 (1 to "
+            "32) and IPv6 (1 to 128)"
+        )
+
+
+def rate(name: str, value: object) -> Rate | None:
+    """
+    The rate that an option means.
+
+    :raises ValueError: it is no rate.
+    :raises TypeError: it is nothing like one.
+    """
+    if value is None or isinstance(value, Rate):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is neither a Rate nor its text")
+    try:
+        return Rate.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def networks(name: str, value: Any) -> Networks:
+    """
+    The networks that an option means.
+
+    :raises ValueError: one of them is none.
+    :raises TypeError: it is nothing like a list of them.
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is a text, not a list of networks")
+    try:
+        return Networks(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def limits(name: str, value: Any) -> frozenset[str]:
+    """
+    The limits that an option names.
+
+    :raises ValueError: one of the names is no limit's.
+    :raises TypeError: they are no names.
+    """
+    if isinstance(value, bool):
+        return frozenset(LIMITS) if value else frozenset()
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
+    for limit in value:
+        if limit not in LIMITS:
+            raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
+    return frozenset(value)
+
+
+#: Options that are given in more than one form, and what makes one of them.
+_FORMS: dict[str, Callable[[str, Any], Any]] = {
+    "accept_rate": rate,
+    "accept_rate_per_peer": rate,
+    "allow": lambda name, value: None if value is None else networks(name, value),
+    "deny": lambda name, value: networks(name, () if value is None else value),
+    "dry_run": limits,
+}
 
 
 class Options(TypedDict, total=False):
@@ -94,6 +189,50 @@ class Options(TypedDict, total=False):
         where it can: on Linux, with any reactor that can watch a descriptor.
         ``"reactor"`` serves them by the reactor itself, as Twisted does. What
         happens is the same; how fast is not.
+    ``overflow``
+        What becomes of a client that comes when ``max_connections`` are there:
+        ``"hold"`` (the default: it waits in the kernel's backlog), ``"drop"``
+        (closed with FIN), ``"reset"`` (with RST), :class:`Reply(bytes)
+        <tcpsvc.Reply>` (told, then closed), ``"evict"`` (the connection that was
+        idle for longest is closed and its handler cancelled; the client starts when
+        that slot is free).
+    ``refusal``
+        What becomes of clients that the further limits keep out: ``"reset"`` (the
+        default), ``"drop"``, or a :class:`Reply(bytes) <tcpsvc.Reply>`.
+    ``max_connections_per_peer``
+        How many live connections a peer may have. Default: no limit.
+    ``accept_rate_per_peer``
+        How often a peer may come: a :class:`tcpsvc.Rate`, or its text, such as
+        ``"10/s:20"``. Default: no limit.
+    ``peer_prefixes``
+        What a peer is: how many bits of an IPv4 address, and of an IPv6 address.
+        Default ``(32, 64)``. UNIX clients are never limited.
+    ``accept_rate``
+        How often clients are accepted at all; further ones wait in the kernel's
+        backlog. Default: no limit.
+    ``allow``, ``deny``
+        Networks, such as ``["10.0.0.0/8", "::1"]``. Only clients out of ``allow``
+        are let in, if it is given, and none out of ``deny``, which has the last
+        word.
+    ``dry_run``
+        Limits, by the names of their options, or ``True`` for all, that let pass
+        what they would refuse or end, and count and log it. Default ``()``.
+    ``first_byte_timeout``
+        Seconds in which a client must have sent something. Default: no limit.
+    ``idle_timeout``
+        Seconds without a byte either way. Default: no limit.
+    ``handler_timeout``
+        Seconds that a handler may run. Default: no limit.
+    ``lifetime``
+        Seconds that a connection may last. Default: no limit.
+    ``min_throughput``
+        Bytes a second that a connection must move, either way, on average of each
+        ``throughput_window``, when it moves any or has some waiting to be sent: one
+        that is silent is idle, not slow. Default: no limit.
+    ``throughput_window``
+        Seconds. Default 30.
+    ``observer``
+        Is told what happens: a :class:`tcpsvc.Observer`.
     ``keepalive``
         Set SO_KEEPALIVE on connections, so that a client that vanished does not
         hold its slot for ever. Default false.
@@ -108,6 +247,22 @@ class Options(TypedDict, total=False):
     backlog: int
     drop_incoming_connections: bool
     socket: socket.socket | None
+    overflow: Overflow
+    refusal: Refusal
+    max_connections_per_peer: int | None
+    accept_rate_per_peer: Rate | str | None
+    peer_prefixes: tuple[int, int]
+    accept_rate: Rate | str | None
+    allow: Iterable[Network] | None
+    deny: Iterable[Network]
+    dry_run: bool | Collection[str]
+    first_byte_timeout: float | None
+    idle_timeout: float | None
+    handler_timeout: float | None
+    lifetime: float | None
+    min_throughput: float | None
+    throughput_window: float
+    observer: Any
     keepalive: bool
     engine: Literal["auto", "reactor"]
     reactor: Any
@@ -147,6 +302,21 @@ class Settings:
     max_accepts_per_batch: int = 1
     backlog: int = BACKLOG
     drop_incoming_connections: bool = False
+    overflow: Overflow = "hold"
+    refusal: Refusal = "reset"
+    max_connections_per_peer: int | None = None
+    accept_rate_per_peer: Rate | None = None
+    peer_prefixes: tuple[int, int] = (32, 64)
+    accept_rate: Rate | None = None
+    allow: Networks | None = None
+    deny: Networks = NO_NETWORKS
+    dry_run: frozenset[str] = frozenset()
+    first_byte_timeout: float | None = None
+    idle_timeout: float | None = None
+    handler_timeout: float | None = None
+    lifetime: float | None = None
+    min_throughput: float | None = None
+    throughput_window: float = THROUGHPUT_WINDOW
     keepalive: bool = False
     engine: str = "auto"
     buffer_age_limit: float | None = BUFFER_AGE_LIMIT
@@ -164,9 +334,24 @@ class Settings:
             "writer_buffer_size",
         ):
             at_least_one(name, getattr(self, name))
-        if self.buffer_age_limit is not None:
-            seconds("buffer_age_limit", self.buffer_age_limit)
-        seconds("flush_timeout", self.flush_timeout)
+        for name in (
+            "buffer_age_limit",
+            "first_byte_timeout",
+            "idle_timeout",
+            "handler_timeout",
+            "lifetime",
+        ):
+            if getattr(self, name) is not None:
+                seconds(name, getattr(self, name))
+        for name in ("flush_timeout", "throughput_window"):
+            seconds(name, getattr(self, name))
+        if self.min_throughput is not None:
+            positive("min_throughput", self.min_throughput, "bytes a second")
+        if self.max_connections_per_peer is not None:
+            at_least_one("max_connections_per_peer", self.max_connections_per_peer)
+        check_overflow(self.overflow)
+        check_refusal(self.refusal)
+        check_prefixes(self.peer_prefixes)
         if self.engine not in ENGINES:
             raise ValueError(
                 f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
@@ -189,7 +374,40 @@ def check_options(
     unknown = sorted(set(options) - known.__optional_keys__)
     if unknown:
         raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}")
-    values = {k: v for k, v in options.items() if k in Settings.__slots__}
+    if options.get("observer") is not None:
+        check_observer(options["observer"])
+    values = _formed(options)
     if values.get("max_connections") is None:
         values["max_connections"] = default_max_connections()
     return Settings(on_handler_error, **values)
+
+
+def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> Settings:
+    """
+    Other settings, for a server that runs.
+
+    :param known: as of :func:`check_options`.
+    :raises ValueError: an option has a bad value; it is named.
+    :raises TypeError: an option is unknown, cannot be changed, or its value is of the
+        wrong kind.
+    """
+    for name in changes:
+        if name not in known.__optional_keys__ or name not in Settings.__slots__:
+            raise TypeError(f"{name}={changes[name]!r} is no option of this server")
+        if name in ("engine", "drop_incoming_connections"):
+            raise TypeError(f"{name} cannot be changed so{_INSTEAD.get(name, '')}")
+    changed = _formed(changes)
+    if "max_connections" in changed and changed["max_connections"] is None:
+        changed["max_connections"] = default_max_connections()
+    return replace(settings, **changed)
+
+
+_INSTEAD = {"drop_incoming_connections": ": use set_drop_incoming_connections"}
+
+
+def _formed(options: dict[str, Any]) -> dict[str, Any]:
+    values = {k: v for k, v in options.items() if k in Settings.__slots__}
+    for name, form in _FORMS.items():
+        if name in values:
+            values[name] = form(name, values[name])
+    return values

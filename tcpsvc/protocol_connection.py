@@ -26,6 +26,8 @@ from zope.interface import alsoProvides, implementer
 
 from tcpsvc import kernel
 from tcpsvc.connection import AddressT, Connection, Owner
+from tcpsvc.reasons import Reason
+from tcpsvc.snapshot import Bytes
 from tcpsvc.transport import tells
 
 #: What a protocol's own interfaces are passed on for.
@@ -72,6 +74,14 @@ class Refuser(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """It is not listened to."""
+
+
+class Aborter(Refuser):
+    """Ends its connection at once with RST."""
+
+    def makeConnection(self, transport: Any) -> None:
+        """Reset it."""
+        transport.abortConnection()
 
 
 @implementer(IProtocol, ILoggingContext)
@@ -147,7 +157,7 @@ class ProtocolConnection(Connection[AddressT]):
         self._connect()
 
     def _connect(self) -> None:
-        self._handler_state = "running"
+        self.starts()
         if tells(self.transport) and self.transport.tells_errors:
             # It tells us what we stand in between for: its own protocol may be
             # the application's, which may put another in its place.
@@ -164,7 +174,12 @@ class ProtocolConnection(Connection[AddressT]):
     def blocked(self) -> None:
         """Of no interest: the protocol looks after that itself."""
 
-    sent = losing = blocked
+    sent = blocked
+
+    def losing(self) -> None:
+        """The socket is about to be closed: ask it now."""
+        if self._factory.is_observed:
+            self._note_bytes()
 
     def failed(self, failure: Failure) -> bool:
         """The protocol raised."""
@@ -180,6 +195,7 @@ class ProtocolConnection(Connection[AddressT]):
         """The protocol's end."""
         if self.is_socket_closed:
             return
+        self._note_end(reason)
         self.socket_closed()
         if self._handler_state != "running":
             return  # The protocol has not heard of it.
@@ -197,6 +213,16 @@ class ProtocolConnection(Connection[AddressT]):
                 self.fail(ended_by)
             ended_by = raised
         self.handler_ended(ended_by or self._error)
+
+    def _note_end(self, reason: Failure) -> None:
+        """Why it ends, where nothing has said so before."""
+        if reason.check(ConnectionAborted):
+            self.ends_because(Reason.ABORTED)
+        elif reason.check(ConnectionDone):
+            ended_itself = getattr(self.transport, "disconnecting", False)
+            self.ends_because(Reason.FINISHED if ended_itself else Reason.EOF)
+        elif reason.check(*_ORDINARY_REASONS):
+            self.ends_because(Reason.RESET)
 
     def readConnectionLost(self) -> None:
         """The client's FIN, for an IHalfCloseableProtocol."""
@@ -231,6 +257,7 @@ class ProtocolConnection(Connection[AddressT]):
 
     def _failed(self, failure: Failure) -> None:
         """The protocol raised: its first error counts, its connection ends."""
+        self.ends_because(Reason.ERROR)
         self.fail(failure)
         self.transport.abortConnection()
 
@@ -246,7 +273,25 @@ class ProtocolConnection(Connection[AddressT]):
     def abort(self) -> None:
         """Close with a reset."""
         if not self.is_socket_closed and self.transport is not None:
+            self.ends_because(Reason.ABORTED)
             self.transport.abortConnection()
+
+    def _idle_by_kernel(self) -> float | None:
+        if self.is_socket_closed or self.transport is None:
+            return None
+        return kernel.idle(kernel.socket_of(kernel.base_transport(self.transport)))
+
+    def _bytes(self) -> Bytes:
+        if self.is_socket_closed or self.transport is None:
+            return None, None
+        base = kernel.base_transport(self.transport)
+        if hasattr(base, "bytes_in"):
+            return base.bytes_in, base.bytes_out
+        return kernel.traffic(kernel.socket_of(base))
+
+    @property
+    def bytes_waiting(self) -> int:
+        return getattr(kernel.base_transport(self.transport), "unsent", 0)
 
     def _finish(self) -> None:
         """The handler ends with its socket: there is nothing left to send."""

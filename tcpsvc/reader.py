@@ -26,7 +26,6 @@ from zope.interface import implementer
 from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
 
-
 #: More than ever arrives.
 _ENDLESS = 1 << 62
 

@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable
 
 from tcpsvc.connection import AddressT, Connection, Owner
-from tcpsvc.kernel import close_orderly
+from tcpsvc.kernel import close_orderly, close_with_reset, idle, output_state, traffic
+from tcpsvc.reasons import Reason
+from tcpsvc.snapshot import Bytes
 
 SockHandler = Callable[[AddressT, socket.socket], object]
 
@@ -34,11 +36,35 @@ class SockConnection(Connection[AddressT]):
         """Run the handler with the address and the socket."""
         self._start(self._handler, self.peer, self._socket)
 
+    def hold(self) -> None:
+        """There is no slot yet: it waits as it is."""
+
     def close_now(self) -> None:
         self._closed_by_server = True
         self._finish()
 
+    def abort(self) -> None:
+        """Close with a reset."""
+        if not self.is_socket_closed:
+            self._closed_by_server = True
+            self.ends_because(Reason.ABORTED)
+            self._note_bytes()
+            close_with_reset(self._socket)
+            self.socket_closed()
+
+    def _idle_by_kernel(self) -> float | None:
+        return idle(self._socket)
+
+    def _bytes(self) -> Bytes:
+        return traffic(self._socket)
+
+    @property
+    def bytes_waiting(self) -> int:
+        return output_state(self._socket)[0] or 0
+
     def _finish(self) -> None:
+        if self._factory.is_observed:
+            self._note_bytes()
         # The handler may have closed it, or taken its descriptor away.
         close_orderly(self._socket)
         self.socket_closed()

@@ -37,6 +37,8 @@ from tcpsvc import kernel
 from tcpsvc.chunks import Chunks
 from tcpsvc.connection import CLOSED, AddressT, Connection, Owner
 from tcpsvc.reader import Reader
+from tcpsvc.reasons import Reason
+from tcpsvc.snapshot import Bytes
 from tcpsvc.transport import tells
 from tcpsvc.writer import Writer
 
@@ -195,6 +197,7 @@ class StreamConnection(Connection[AddressT]):
         if not self._closed_by_server and not isinstance(
             reason.value, (ConnectionDone, ConnectionAborted)
         ):
+            self.ends_because(Reason.RESET)
             writer.consumer_has_left()
         writer.tell_gone()
         reader.feed_eof()
@@ -302,6 +305,7 @@ class StreamConnection(Connection[AddressT]):
             return
         self._aborted = True
         self._closed_by_server = True
+        self.ends_because(Reason.ABORTED)
         self.transport.abortConnection()
         self._end_streams()
 
@@ -322,11 +326,19 @@ class StreamConnection(Connection[AddressT]):
         if self._chunks is None and self.transport is not None:
             self.transport.watcher = None
 
-    def _traffic(self) -> dict[str, int]:
-        return {
-            "bytes_in": self.reader.bytes_read,
-            "bytes_out": self.writer.bytes_taken,
-        }
+    def _idle_by_kernel(self) -> float | None:
+        return None if self.is_socket_closed else kernel.idle(self._socket)
+
+    def _bytes(self) -> Bytes:
+        return self.reader.bytes_read, self.writer.bytes_taken
+
+    @property
+    def bytes_waiting(self) -> int:
+        return self.writer.bytes_to_write
+
+    @property
+    def _has_eof(self) -> bool:
+        return self._peer_eof
 
     # For the reader and the writer.
 
@@ -491,6 +503,7 @@ class StreamConnection(Connection[AddressT]):
     def _client_does_not_read(self, age: float, limit: float) -> None:
         error = self.writer.too_old(age, limit)
         self._factory.counters.too_old += 1
+        self.reason = Reason.TOO_OLD  # Also of one that has ended but for this.
         if self.is_running:
             self.fail_at_once(Failure(error))
         else:
@@ -519,6 +532,7 @@ class StreamConnection(Connection[AddressT]):
             self._progress = (taken, now)
         elif now - since >= self._flush_timeout:
             self._factory.counters.aborted += 1
+            self.reason = Reason.FLUSH_TIMEOUT
             _log.info(
                 "aborting {peer}: it has taken no byte for {seconds:g} s while its "
                 "connection was to close",

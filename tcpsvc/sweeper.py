@@ -1,58 +1,105 @@
 """
 One timer for all connections of a server, instead of one for each.
 
-Connections with something to look after (bytes that wait to be sent, a close
-that waits for the client) are swept about once a second. While there are none
-there is no timer.
+Connections with something to look after (bytes that wait to be sent, a close that
+waits for the client) are swept about once a second, and all that are live while
+there are timeouts. While there is nothing to look after there is no timer.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-#: How often, in seconds.
+#: How often, in seconds, unless a timeout is shorter than four of them.
 INTERVAL = 1.0
 
-
-class Swept(Protocol):
-    """What can be watched."""
-
-    def sweep(self, now: float) -> bool:
-        """Look after it. Returns whether it is to be watched further."""
+#: How often at most, in seconds.
+SHORTEST_INTERVAL = 0.05
 
 
 class Sweeper:
-    """Sweeps what asks to be watched, until it needs no more watching."""
+    """
+    :param clock: what times it.
+    :param connections: all that are live, by their ids; it may change.
+    :param look: called with each of them, and the time, while all are swept.
+    """
 
-    def __init__(self, clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        connections: Mapping[int, Any],
+        look: Callable[[Any, float], object] | None = None,
+    ) -> None:
         self._clock = clock
-        self._watched: dict[Swept, None] = {}
+        self._connections = connections
+        self._look = look
+        self._watched: dict[Any, None] = {}
+        self._sweeps_all = False
+        self._interval = INTERVAL
         self._timer: IDelayedCall | None = None
 
-    def watch(self, swept: Swept) -> float:
+    def sweep_all(self, timeout: float | None) -> None:
         """
-        Sweep it from now on.
+        Sweep all that are live from now on, often enough for the shortest timeout,
+        in seconds; for ``None`` only those that are watched.
+        """
+        self._sweeps_all = timeout is not None
+        self._interval = INTERVAL
+        if timeout is not None:
+            self._interval = max(SHORTEST_INTERVAL, min(INTERVAL, timeout / 4))
+        if self._timer is not None:
+            self._timer.reset(self._interval)
+        self._update()
+
+    @property
+    def sweeps_all(self) -> bool:
+        """Whether all that are live are looked at."""
+        return self._sweeps_all
+
+    def began(self) -> None:
+        """A connection is live."""
+        if self._sweeps_all and self._timer is None:
+            self._update()
+
+    def watch(self, connection: Any) -> float:
+        """
+        Sweep a connection from now on, until its ``sweep`` says that it needs it no
+        more.
 
         :returns: the time.
         """
-        self._watched[swept] = None
+        self._watched[connection] = None
         if self._timer is None:
-            self._timer = self._clock.callLater(INTERVAL, self._sweep)
+            self._update()
         return self._clock.seconds()
 
-    def forget(self, swept: Swept) -> None:
+    def forget(self, connection: Any) -> None:
         """It is over. With the last one the timer goes."""
-        self._watched.pop(swept, None)
-        if not self._watched and self._timer is not None:
+        self._watched.pop(connection, None)
+        if self._timer is not None:
+            self._update()
+
+    def _update(self) -> None:
+        is_needed = bool(self._watched or (self._sweeps_all and self._connections))
+        if is_needed and self._timer is None:
+            self._timer = self._clock.callLater(self._interval, self._sweep)
+        elif not is_needed and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _sweep(self) -> None:
-        self._timer = self._clock.callLater(INTERVAL, self._sweep)
+        self._timer = self._clock.callLater(self._interval, self._sweep)
         now = self._clock.seconds()
-        for swept in list(self._watched):
+        for connection in list(self._watched):
             # An earlier one's sweep may have ended this one.
-            if swept in self._watched and not swept.sweep(now):
-                self.forget(swept)
+            if connection in self._watched and not connection.sweep(now):
+                self._watched.pop(connection, None)
+        if self._sweeps_all and self._look is not None:
+            for connection in list(self._connections.values()):
+                if not connection.is_over:
+                    self._look(connection, now)
+        if self._timer is not None:
+            self._update()

@@ -79,6 +79,8 @@ class MemoryTransport:
     :param client: the other end.
     :param host: the server's address.
     :param peer: the client's address.
+    :ivar bytes_in: bytes that the protocol has received.
+    :ivar bytes_out: bytes that the client has taken.
     """
 
     def __init__(self, client: MemoryClient, host: Any, peer: Any) -> None:
@@ -93,6 +95,8 @@ class MemoryTransport:
         self._write_side = "open"
         self.disconnecting = False
         self.connected = True
+        self.bytes_in = 0
+        self.bytes_out = 0
         self.protocol: Any = None
 
     # ITransport
@@ -199,6 +203,7 @@ class MemoryTransport:
         if self._unsent and self._client.is_reading:
             data = bytes(self._unsent)
             self._unsent.clear()
+            self.bytes_out += len(data)
             self._client._received += data
             if self._producer is not None:
                 self._producer.resumeProducing()
@@ -227,6 +232,7 @@ class MemoryTransport:
         while self._unread and self.connected:
             data = bytes(self._unread[:65536])
             del self._unread[:65536]
+            self.bytes_in += len(data)
             self.protocol.dataReceived(data)
         self.connectionLost(Failure(ConnectionLost()))
 
@@ -234,6 +240,7 @@ class MemoryTransport:
         while self._unread and self._is_reading and self.connected:
             data = bytes(self._unread[:65536])
             del self._unread[:65536]
+            self.bytes_in += len(data)
             self.protocol.dataReceived(data)
         if self._peer_eof and self._is_reading and self.connected:
             self._is_reading = False

@@ -105,7 +105,31 @@ class Watched:
             self.connectionLost(failure)  # type: ignore[attr-defined]
 
 
-class _Telling(Watched):
+class Counted:
+    """
+    Mixed into a server transport that is asked how many bytes it has moved, since
+    the kernel does not tell, or its bytes go through here anyway.
+
+    :ivar bytes_in: bytes received.
+    :ivar bytes_out: bytes that the kernel has taken.
+    """
+
+    bytes_in = 0
+    bytes_out = 0
+
+    def _dataReceived(self, data: bytes) -> Any:
+        self.bytes_in += len(data)
+        return super()._dataReceived(data)  # type: ignore[misc]
+
+    def writeSomeData(self, data: Any) -> Any:
+        """Send, and count what was sent."""
+        sent = super().writeSomeData(data)  # type: ignore[misc]
+        if isinstance(sent, int):
+            self.bytes_out += sent
+        return sent
+
+
+class _Telling(Counted, Watched):
     """Mixed into a transport that is served by the reactor, as Twisted's are."""
 
     def write(self, data: Any) -> None:

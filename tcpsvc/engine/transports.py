@@ -33,7 +33,7 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
 from tcpsvc.engine.subreactor import SubReactor
-from tcpsvc.transport import Watched
+from tcpsvc.transport import Counted, Watched
 
 _LOST = Failure(CONNECTION_LOST)
 
@@ -389,7 +389,7 @@ class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[override]
     """In the place of :class:`twisted.internet.tcp.Server`."""
 
 
-class UNIXServerTransport(_SendsAtOnce, unix.Server):  # type: ignore[override]
+class UNIXServerTransport(Counted, _SendsAtOnce, unix.Server):  # type: ignore[misc,override]
     """
     In the place of :class:`twisted.internet.unix.Server`. It reads as Twisted
     does, since descriptors may come with the bytes.
@@ -407,7 +407,11 @@ class UNIXServerTransport(_SendsAtOnce, unix.Server):  # type: ignore[override]
     def flush(self) -> Any:
         """As of any transport; descriptors leave with the bytes beside them."""
         if not self._sendmsgQueue:
-            return super().flush()
+            unsent = self.unsent
+            why = super().flush()
+            if why is None:
+                self.bytes_out += unsent - self.unsent
+            return why
         why = self.doWrite()
         if why is None and self.is_flush_due:
             self.wait_for_room()

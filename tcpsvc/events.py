@@ -1,0 +1,111 @@
+"""
+What happens in a server, told to whoever observes it: :class:`Observer`. The
+counters are the first observer, and while there is no other they alone are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+from zope.interface.exceptions import Invalid
+from zope.interface.verify import verifyObject
+
+from tcpsvc.interfaces import IObserver
+from tcpsvc.reasons import Reason
+
+_log = Logger(namespace="tcpsvc")
+
+
+@implementer(IObserver)
+class Observer:
+    """
+    Does nothing at each event: override what is of interest. Given to ``create`` as
+    ``observer``; see :class:`tcpsvc.IObserver` for what each is told.
+
+    Methods are called at once, in the middle of what they tell of. What they raise is
+    logged and goes no further.
+    """
+
+    __slots__ = ()
+
+    def connection_accepted(self, connection: Any) -> None:
+        """A connection has taken a slot."""
+
+    def connection_refused(self, address: Any, reason: Reason) -> None:
+        """A client was not let in."""
+
+    def refused_in_dry_run(self, address: Any, reason: Reason) -> None:
+        """A client would have been refused, or closed, but for ``dry_run``."""
+
+    def handler_started(self, connection: Any) -> None:
+        """Its handler runs."""
+
+    def handler_ended(
+        self, connection: Any, outcome: str, failure: Failure | None
+    ) -> None:
+        """Its handler has ended."""
+
+    def connection_finished(self, connection: Any) -> None:
+        """It is over, its slot free."""
+
+    def limit_reached(self, limit: str) -> None:
+        """From now on clients wait, or are refused."""
+
+    def accept_failed(self, error: OSError) -> None:
+        """The kernel did not give a client, for want of descriptors, say."""
+
+    def server_paused(self, how: str) -> None:
+        """It accepts nobody until it is resumed."""
+
+    def server_resumed(self) -> None:
+        """It accepts again."""
+
+    def server_draining(self) -> None:
+        """A drain has begun."""
+
+    def server_drained(self, report: Any) -> None:
+        """A drain is over."""
+
+
+def check_observer(observer: object) -> None:
+    """
+    :raises ValueError: it is no :class:`tcpsvc.IObserver`.
+    """
+    try:
+        verifyObject(IObserver, observer)
+    except Invalid as error:
+        raise ValueError(
+            f"observer={observer!r} is no IObserver (derive it from tcpsvc.Observer): "
+            + " ".join(str(error).split())
+        ) from error
+
+
+class Broadcast:
+    """
+    Tells several observers.
+
+    :param observers: the first is the server's own, and is not guarded.
+    """
+
+    def __init__(self, observers: Iterable[Any]) -> None:
+        self._own, *self._others = observers
+
+    def __getattr__(self, event: str) -> Any:
+        tell_own = getattr(self._own, event)
+        tell_others = [getattr(other, event) for other in self._others]
+
+        def tell(*told: Any) -> None:
+            tell_own(*told)
+            for tell_other in tell_others:
+                try:
+                    tell_other(*told)
+                except Exception:
+                    _log.failure("an observer failed at {event}", event=event)
+
+        # Found without this method from now on.
+        setattr(self, event, tell)
+        return tell

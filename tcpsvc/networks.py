@@ -1,0 +1,166 @@
+"""
+IP networks, and which hosts are in them.
+
+An address is one int here, its number, made so that shifting it right by what a
+prefix leaves off gives the number of the network: an IPv4 address is its 32 bits
+with a one before them, an IPv6 address is the complement (so it is negative) of its
+128 bits with a one before them. So the number of a network says its version, its
+prefix and its length, and two networks have never the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_interface,
+)
+from socket import AF_INET, AF_INET6, inet_pton
+
+_FIRST_4 = 1 << 32
+_FIRST_6 = 1 << 128
+#: The upper bits of an IPv4 address written as an IPv6 one, ``::ffff:10.0.0.1``.
+_MAPPED = 0xFFFF
+
+# As names of this module they are found faster.
+_from_bytes = int.from_bytes
+
+
+def number_of(host: str) -> int | None:
+    """
+    The number of an address. An IPv4 address written as an IPv6 one is an IPv4
+    address, as it is to the client; a scope id (``%eth0``) is ignored.
+
+    :param host: the address in its usual form.
+    :returns: ``None`` if it is no IP address.
+    """
+    try:
+        if ":" not in host:
+            return _FIRST_4 | _from_bytes(inet_pton(AF_INET, host), "big")
+        if "%" in host:
+            host = host.partition("%")[0]
+        bits = _from_bytes(inet_pton(AF_INET6, host), "big")
+    except (OSError, ValueError):  # A NUL or a lone surrogate is a ValueError.
+        return None
+    if bits >> 32 == _MAPPED:
+        return _FIRST_4 | bits & 0xFFFF_FFFF
+    return ~(_FIRST_6 | bits)
+
+
+def network_of(number: int) -> IPv4Network | IPv6Network:
+    """The network that has the number."""
+    bits = number if number >= 0 else ~number
+    length = bits.bit_length() - 1
+    prefix = bits - (1 << length)
+    if number >= 0:
+        return IPv4Network((prefix << (32 - length), length))
+    return IPv6Network((prefix << (128 - length), length))
+
+
+class Networks:
+    """
+    A set of networks. How long it takes to look up a host depends on how many
+    lengths of prefixes there are, not on how many networks.
+
+    IPv4 addresses written as IPv6 ones, which are what a dual-stack socket accepts,
+    are IPv4: ``10.0.0.0/8`` has ``::ffff:10.0.0.1``, and ``::/0`` has not.
+
+    :param networks: ``"10.0.0.0/8"``, ``"2001:db8::/32"``, single addresses, or
+        such objects of :mod:`ipaddress`.
+    :raises ValueError: one of them is no network. It is named.
+    :raises TypeError: one of them is of another kind.
+    """
+
+    __slots__ = ("_numbers", "_shifts_4", "_shifts_6")
+
+    def __init__(
+        self,
+        networks: Iterable[
+            str | IPv4Address | IPv4Network | IPv6Address | IPv6Network
+        ] = (),
+    ) -> None:
+        # Its letters would be taken for networks.
+        if isinstance(networks, (str, bytes)):
+            raise TypeError(f"networks={networks!r} is not a list; give [{networks!r}]")
+        found = [_network(each) for each in networks]
+        self._numbers = frozenset(map(_number_of_network, found))
+        self._shifts_4 = _shifts(n for n in found if n.version == 4)
+        self._shifts_6 = _shifts(n for n in found if n.version == 6)
+
+    def __contains__(self, host: object) -> bool:
+        """Whether a host is in one of them; what is no IP address is not."""
+        if not isinstance(host, str):
+            return False
+        number = number_of(host)
+        if number is None:
+            return False
+        numbers = self._numbers
+        for shift in self._shifts_4 if number >= 0 else self._shifts_6:
+            if number >> shift in numbers:
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[IPv4Network | IPv6Network]:
+        """IPv4 first, in the order of their addresses."""
+        found = map(network_of, self._numbers)
+        return iter(
+            sorted(found, key=lambda n: (n.version, int(n[0]), n.prefixlen)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Networks):
+            return NotImplemented
+        return self._numbers == other._numbers
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    def __repr__(self) -> str:
+        return f"Networks({list(map(str, self))})"
+
+
+def _network(given: object) -> IPv4Network | IPv6Network:
+    """What is given for one, checked."""
+    if not isinstance(given, (str, IPv4Address, IPv4Network, IPv6Address, IPv6Network)):
+        raise TypeError(f"network {given!r} is neither a str nor one of ipaddress's")
+    text = str(given)
+    if "%" in text:
+        raise ValueError(
+            f"network {text!r} has a scope id, which is not looked at: leave it out"
+        )
+    try:
+        interface = ip_interface(text)
+    except ValueError as error:
+        raise ValueError(
+            f"network {text!r} is not of the form 10.0.0.0/8, 192.168.1.7,"
+            f" 2001:db8::/32 or ::1 ({error})"
+        ) from None
+    network = interface.network
+    first = network.network_address
+    if interface.ip != first:
+        raise ValueError(
+            f"network {text!r} has bits set after its prefix:"
+            f" the network is {network}, the host {interface.ip}"
+        )
+    if isinstance(first, IPv6Address) and network.prefixlen >= 96 and first.ipv4_mapped:
+        return IPv4Network((first.ipv4_mapped, network.prefixlen - 96))
+    return network
+
+
+def _number_of_network(network: IPv4Network | IPv6Network) -> int:
+    address = int(network.network_address)
+    left_off = network.max_prefixlen - network.prefixlen
+    if network.version == 4:
+        return (_FIRST_4 | address) >> left_off
+    return ~(_FIRST_6 | address) >> left_off
+
+
+def _shifts(networks: Iterable[IPv4Network | IPv6Network]) -> tuple[int, ...]:
+    """What prefixes leave off, the longest prefixes first."""
+    return tuple(sorted({n.max_prefixlen - n.prefixlen for n in networks}))

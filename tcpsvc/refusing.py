@@ -1,0 +1,139 @@
+"""
+How a client that is not let in is sent away: with FIN, with a reset, or with a
+last word.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from typing import Any
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tcpsvc.counters import Counters
+from tcpsvc.kernel import close_orderly, close_with_reset
+from tcpsvc.options import Settings
+from tcpsvc.overflow import Refusal, Reply
+from tcpsvc.stream_connection import StreamConnection
+from tcpsvc.sweeper import Sweeper
+
+_log = Logger(namespace="tcpsvc")
+
+#: How long a client may take for a last word, in seconds.
+REPLY_TIMEOUT = 5.0
+
+#: How many clients are given one at a time; more are reset. Each costs a descriptor.
+MOST_REPLIES = 256
+
+
+def send_away(client: socket.socket, how: Refusal) -> None:
+    """Close an accepted socket, with FIN (``"drop"``) or RST."""
+    if how == "drop":
+        close_orderly(client)
+    else:
+        close_with_reset(client)
+
+
+class Replies:
+    """
+    Clients that are being given a last word. None of them is a live connection of the
+    server: they hold no slot, and nobody waits for them.
+
+    Their connections are those of stream handlers: what was written is sent, and the
+    client reads it also when it has sent something itself. This is their owner.
+
+    :param owner: the factory, for its clock and its address.
+    """
+
+    is_observed = looks = False
+
+    def __init__(self, owner: Any) -> None:
+        self.reactor = owner.reactor
+        self.clock = owner.clock
+        self.settings: Settings = replace(owner.settings, flush_timeout=REPLY_TIMEOUT)
+        self.counters = self.events = Counters()
+        self._owner = owner
+        self._connections: dict[int, StreamConnection[Any]] = {}
+        self._sweeper = Sweeper(self.clock, self._connections)
+
+    @property
+    def may_reply(self) -> bool:
+        """Whether there is room for one more."""
+        return len(self._connections) < MOST_REPLIES
+
+    def reply(self, address: Any, id: int, reply: Reply) -> StreamConnection[Any]:
+        """The protocol of a client that is given a last word."""
+
+        def write(peer: Any, reader: Any, writer: Any) -> None:
+            writer.write(reply.data)
+
+        connection = StreamConnection[Any](self, id, address, write)
+        self._connections[id] = connection
+        return connection
+
+    def close(self) -> None:
+        """Close all: what the kernel took is delivered."""
+        for connection in list(self._connections.values()):
+            connection.close_now()
+
+    # What the connections ask and tell (Owner).
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server is."""
+        return bool(self._owner.is_closed)
+
+    @property
+    def is_listening_anywhere(self) -> bool:
+        """Nobody asks for their own address."""
+        return False
+
+    def listening_on(self) -> Any:
+        """The listening address."""
+        return self._owner.listening_on()
+
+    def set_socket_options(self, connected: Any) -> None:
+        """What is set on each connection's socket."""
+        self._owner.set_socket_options(connected)
+
+    def connected(self, connection: Any) -> None:
+        """Its transport is there: in a later turn, as of any."""
+        self.reactor.callLater(0, self._start, connection)
+
+    def _start(self, connection: Any) -> None:
+        if connection.is_socket_closed or self.is_closed:
+            connection.refuse()
+        else:
+            connection.start()
+
+    def watch(self, connection: Any) -> float:
+        """It is to be swept."""
+        return self._sweeper.watch(connection)
+
+    def descriptor_closed(self) -> None:
+        """One more for the server."""
+        self._owner.descriptor_closed()
+
+    def over(self, connection: Any) -> None:
+        """Nobody is told."""
+
+    def release(self, connection: Any, error: Failure | None) -> None:
+        """It is over."""
+        self._connections.pop(connection.id, None)
+        self._sweeper.forget(connection)
+
+    def report(self, peer: Any, error: Failure) -> None:
+        """It has no handler that could fail."""
+        _log.failure("a last word to {peer} failed", failure=error, peer=peer)
+
+    def uncount(self, connection: Any) -> None:
+        """It holds no slot anyway."""
+
+    def holds_slot(self, connection: Any) -> bool:
+        """Never."""
+        return False
+
+    def stop_reactor(self, error: BaseException) -> None:
+        """It has no handler that could ask for that."""
