@@ -3,13 +3,18 @@ A TCP and UNIX-socket server for Twisted, after Jane Street Async's ``Tcp.Server
 """
 
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
+from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import log_error
-from tcpsvc.interfaces import IReader, IServer, IWriter
+from tcpsvc.interfaces import IConnection, IObserver, IReader, IServer, IWriter
 from tcpsvc.options import Options, StreamOptions
+from tcpsvc.overflow import Reply
+from tcpsvc.rate import Rate
 from tcpsvc.reader import Reader
+from tcpsvc.reasons import Reason
 from tcpsvc.server import InetServer, Server, UnixServer
 from tcpsvc.service import TcpService
+from tcpsvc.snapshot import ConnectionSnapshot
 from tcpsvc.where import (
     ALL_ADDRESSES,
     CHOSEN_BY_OS,
@@ -27,13 +32,20 @@ __all__ = [
     "LOCALHOST",
     "BufferAgeLimitExceeded",
     "ConnectionGone",
+    "ConnectionSnapshot",
+    "IConnection",
+    "IObserver",
     "IReader",
     "IServer",
     "IWriter",
     "InetAddress",
     "InetServer",
+    "Observer",
     "Options",
+    "Rate",
     "Reader",
+    "Reason",
+    "Reply",
     "Server",
     "ServerClosed",
     "ServerFactory",

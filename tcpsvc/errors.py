@@ -6,6 +6,8 @@ The exceptions that tcpsvc raises itself. What asyncio or Twisted already name
 
 from __future__ import annotations
 
+from tcpsvc.reasons import Reason
+
 
 class ConnectionGone(ConnectionError):
     """
@@ -18,6 +20,9 @@ class ConnectionGone(ConnectionError):
 
     #: The connection that is gone, to tell a handler's own from another's.
     connection: object = None
+
+    #: Why it has ended, where that is known.
+    reason: Reason | None = None
 
 
 class BufferAgeLimitExceeded(ConnectionGone):
@@ -35,6 +40,7 @@ class BufferAgeLimitExceeded(ConnectionGone):
             f"bytes in the write buffer are {age:.1f} s old, "
             f"more than buffer_age_limit={limit:g} s: the client does not read"
         )
+        self.reason = Reason.TOO_OLD
         self.age = age
         self.limit = limit
 

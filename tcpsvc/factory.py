@@ -31,6 +31,7 @@ from zope.interface import alsoProvides
 from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
 from tcpsvc.admission import Admission, host_of
+from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
@@ -89,14 +90,13 @@ class ServerFactory(protocol.ServerFactory):
 
     def __init__(
         self,
-        make_connection: Callable[..., Any],
+        kind: Callable[..., Any],
+        handler: Any,
         settings: Settings,
         *,
         options: Any = Options,
         reactor: Any = None,
         clock: Any = None,
-        user_factory: Any = None,
-        takes_sockets: bool = False,
         observer: Any = None,
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
@@ -119,9 +119,11 @@ class ServerFactory(protocol.ServerFactory):
         self._eviction = Eviction()
         self._replies = Replies(self)
         self._timeouts = Timeouts(settings)
-        self._make_connection = make_connection
-        self._user_factory = user_factory
-        self.takes_sockets = takes_sockets
+        self._conditions = Conditions()
+        self._kind = kind
+        #: What serves new connections: a function, or a protocol factory.
+        self.handler = handler
+        self.takes_sockets = kind is SockConnection
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
@@ -174,11 +176,13 @@ class ServerFactory(protocol.ServerFactory):
         """
         settings = check_options(StreamOptions, on_handler_error, dict(options))
         check_callable(handler)
-
-        def make(factory: ServerFactory, id: int, peer: Any) -> Connection[Any]:
-            return StreamConnection(factory, id, peer, handler)
-
-        return cls(make, settings, options=StreamOptions, **_not_settings(options))
+        return cls(
+            StreamConnection,
+            handler,
+            settings,
+            options=StreamOptions,
+            **_not_settings(options),
+        )
 
     @classmethod
     def of_protocols(
@@ -197,17 +201,11 @@ class ServerFactory(protocol.ServerFactory):
         :raises TypeError: an option is unknown, or of the wrong kind.
         """
         settings = check_options(Options, on_handler_error, dict(options))
-        if not callable(getattr(factory, "buildProtocol", None)):
-            raise TypeError(f"factory={factory!r} has no buildProtocol")
-        user_factory = factory
-
-        def make(factory: ServerFactory, id: int, peer: Any) -> Connection[Any]:
-            return ProtocolConnection(factory, id, peer, user_factory)
-
-        made = cls(make, settings, user_factory=user_factory, **_not_settings(options))
-        if IProtocolNegotiationFactory.providedBy(user_factory):
+        check_protocol_factory(factory)
+        made = cls(ProtocolConnection, factory, settings, **_not_settings(options))
+        if IProtocolNegotiationFactory.providedBy(factory):
             # TLS asks the factory that it wraps which protocols it speaks (ALPN).
-            negotiating: Any = user_factory
+            negotiating: Any = factory
             made.acceptableProtocols = negotiating.acceptableProtocols  # type: ignore[attr-defined]
             alsoProvides(made, IProtocolNegotiationFactory)
         return made
@@ -230,13 +228,7 @@ class ServerFactory(protocol.ServerFactory):
         """
         settings = check_options(Options, on_handler_error, dict(options))
         check_callable(handler)
-
-        def make(
-            factory: ServerFactory, id: int, peer: Any, client: Any
-        ) -> Connection[Any]:
-            return SockConnection(factory, id, peer, client, handler)
-
-        return cls(make, settings, takes_sockets=True, **_not_settings(options))
+        return cls(SockConnection, handler, settings, **_not_settings(options))
 
     # Who is admitted.
 
@@ -281,6 +273,33 @@ class ServerFactory(protocol.ServerFactory):
         if settings.accept_rate != before.accept_rate or settings.dry_run:
             self._stop_waiting_for_rate()
         self._place_found()
+
+    def set_handler(self, handler: Any) -> None:
+        """
+        Serve new connections with another handler of the same kind. Those that are
+        live, or accepted and not started, keep theirs.
+
+        :param handler: a function, or a protocol factory where it was one.
+        :raises TypeError: it is not of that kind.
+        """
+        if self._kind is not ProtocolConnection:
+            check_callable(handler)
+        else:
+            check_protocol_factory(handler)
+            # Twisted tells a factory how many ports it has.
+            for _ in range(self.numPorts):
+                handler.doStart()
+            for _ in range(self.numPorts):
+                self.handler.doStop()
+        self.handler = handler
+
+    def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
+        """
+        :param condition: called with the number of taken slots, now and at each change.
+        :returns: a Deferred of one's own that fires when it has returned something
+            true, and fails with what it raises.
+        """
+        return self._conditions.wait(condition, self.num_connections)
 
     def add_observer(self, observer: Any) -> None:
         """
@@ -454,7 +473,7 @@ class ServerFactory(protocol.ServerFactory):
             refusal = self.refusal_of(host_of(addr))
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
-        connection: Any = self._make_connection(self, self._next_id(), addr)
+        connection: Any = self._kind(self, self._next_id(), addr, self.handler)
         if self._must_hold():
             connection.hold()
             self._held_unconnected[connection.id] = connection
@@ -484,7 +503,9 @@ class ServerFactory(protocol.ServerFactory):
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
-        connection: Any = self._make_connection(self, self._next_id(), address, client)
+        connection: Any = self._kind(
+            self, self._next_id(), address, self.handler, client
+        )
         self.set_socket_options(client)
         if self._must_hold():
             connection.hold()
@@ -537,6 +558,7 @@ class ServerFactory(protocol.ServerFactory):
             self._rate_wait = self.clock.callLater(wait, self._rate_allows)
         if self.slots.is_full:
             self._reached_limit()
+        self._conditions.look(self.num_connections)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -563,6 +585,7 @@ class ServerFactory(protocol.ServerFactory):
     def uncount(self, connection: Connection[Any]) -> None:
         """It holds no slot any more: the next client may come in."""
         self.slots.uncount(connection)
+        self._conditions.look(self.num_connections)
         self._place_found()
 
     def holds_slot(self, connection: Connection[Any]) -> bool:
@@ -587,6 +610,7 @@ class ServerFactory(protocol.ServerFactory):
         self._sweeper.forget(connection)
         if error is not None:
             self.report(connection.peer, error)
+        self._conditions.look(self.num_connections)
         self._place_found()
         self._maybe_over()
 
@@ -768,14 +792,14 @@ class ServerFactory(protocol.ServerFactory):
     def doStart(self) -> None:
         """A port listens: tell the application's own factory (spec P2)."""
         super().doStart()  # type: ignore[no-untyped-call]
-        if self._user_factory is not None:
-            self._user_factory.doStart()
+        if self._kind is ProtocolConnection:
+            self.handler.doStart()
 
     def doStop(self) -> None:
         """A port has closed: tell the application's own factory (spec P2)."""
         super().doStop()  # type: ignore[no-untyped-call]
-        if self._user_factory is not None:
-            self._user_factory.doStop()
+        if self._kind is ProtocolConnection:
+            self.handler.doStop()
 
     # Inspection (spec I).
 
@@ -783,6 +807,12 @@ class ServerFactory(protocol.ServerFactory):
     def connections(self) -> list[Connection[Any]]:
         """The live connections, in the order of their accepts."""
         return list(self._live.values())
+
+    def connection(self, id: int) -> Connection[Any]:
+        """
+        :raises KeyError: it is not live.
+        """
+        return self._live[id]
 
     def describe(self) -> dict[str, Any]:
         """A JSON-able description of the state (spec I4)."""
@@ -845,6 +875,14 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, (Rate, Reply)):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_protocol_factory(factory: object) -> None:
+    """
+    :raises TypeError: it builds no protocols.
+    """
+    if not callable(getattr(factory, "buildProtocol", None)):
+        raise TypeError(f"factory={factory!r} has no buildProtocol")
 
 
 def check_callable(handler: object) -> None:

@@ -108,7 +108,8 @@ def idle(connected: socket.socket | None) -> float | None:
     if info is None:
         return None
     sent, _, received = _TCPI_LAST.unpack_from(info, _TCPI_LAST_DATA_SENT)
-    return min(sent, received) / 1000
+    milliseconds: int = min(sent, received)
+    return milliseconds / 1000
 
 
 def _tcp_info(connected: socket.socket | None) -> bytes | None:

@@ -391,9 +391,9 @@ def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> S
     :raises TypeError: an option is unknown, cannot be changed, or its value is of the
         wrong kind.
     """
-    for name in changes:
+    for name, value in changes.items():
         if name not in known.__optional_keys__ or name not in Settings.__slots__:
-            raise TypeError(f"{name}={changes[name]!r} is no option of this server")
+            raise TypeError(f"{name}={value!r} is no option of this server")
         if name in ("engine", "drop_incoming_connections"):
             raise TypeError(f"{name} cannot be changed so{_INSTEAD.get(name, '')}")
     changed = _formed(changes)

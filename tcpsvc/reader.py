@@ -249,6 +249,11 @@ class Reader:
         return len(self._data) - self._position
 
     @property
+    def connection(self) -> Any:
+        """The connection: its label, its number, see :class:`tcpsvc.IConnection`."""
+        return self._connection
+
+    @property
     def transport(self) -> ITransport:
         """Twisted's transport, for its addresses and TLS details (spec S7)."""
         return cast(ITransport, self._connection.transport)

@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.control import Control
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import Gate, can_gate
@@ -49,7 +50,7 @@ SockHandler = Callable[[AddressT, socket_module.socket], object]
 
 
 @implementer(IServer)
-class Server(Generic[AddressT, ListeningOnT]):
+class Server(Control, Generic[AddressT, ListeningOnT]):
     """
     A server that listens. Make one with :meth:`create` or one of its kin::
 

@@ -25,8 +25,8 @@ class SockConnection(Connection[AddressT]):
         factory: Owner,
         id: int,
         peer: AddressT,
-        client: socket.socket,
         handler: SockHandler[AddressT],
+        client: socket.socket,
     ) -> None:
         super().__init__(factory, id, peer)
         self._socket = client

@@ -19,6 +19,7 @@ from zope.interface import implementer
 from tcpsvc._waiters import Event
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.interfaces import IWriter
+from tcpsvc.reasons import Reason
 
 
 class Output(Protocol):
@@ -35,7 +36,7 @@ class Output(Protocol):
         """Send, or let wait."""
 
     def report_flush(self) -> None:
-        """Tell the connection (``sent``) of the next flush, even if it leaves nothing."""
+        """Tell the connection (``sent``) of the next flush, whatever it leaves."""
 
 
 class Written(Protocol):
@@ -60,6 +61,10 @@ class Written(Protocol):
     @property
     def can_half_close(self) -> bool:
         """Whether the write side can be closed alone."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why it ends."""
 
     def all_taken(self) -> None:
         """The kernel has all that was written."""
@@ -276,6 +281,11 @@ class Writer:
         self._connection.abort()
 
     @property
+    def connection(self) -> Any:
+        """The connection: its label, its number, see :class:`tcpsvc.IConnection`."""
+        return self._connection
+
+    @property
     def transport(self) -> ITransport:
         """Twisted's transport, for its addresses and TLS details (spec S7)."""
         return cast(ITransport, self._connection.transport)
@@ -408,6 +418,9 @@ class Writer:
     def _gone_error(self) -> ConnectionGone:
         if self._age_error is not None:
             return self._age_error
-        error = ConnectionGone(f"the connection of {self.peer} is gone")
+        reason = self._connection.reason
+        because = "" if reason is None else f": {reason.value}"
+        error = ConnectionGone(f"the connection of {self.peer} is gone{because}")
+        error.reason = reason
         error.connection = self._connection
         return error

@@ -72,9 +72,7 @@ async def test_the_invariant_holds_at_every_step(
 @pytest.mark.parametrize(
     "break_it",
     [
-        pytest.param(
-            lambda f: setattr(f, "_max_connections", 0), id="max_connections < 1"
-        ),
+        pytest.param(lambda f: setattr(f.slots, "_limit", 0), id="max_connections < 1"),
         pytest.param(
             lambda f: object.__setattr__(f.settings, "max_accepts_per_batch", 0),
             id="max_accepts_per_batch < 1",
@@ -83,7 +81,10 @@ async def test_the_invariant_holds_at_every_step(
             lambda f: f._live.update({99: f.connections[0]}), id="known twice"
         ),
         pytest.param(
-            lambda f: (setattr(f, "_max_connections", 1), setattr(f, "_allowed", 1)),
+            lambda f: (
+                setattr(f.slots, "_limit", 1),
+                setattr(f.slots, "_allowed", 1),
+            ),
             id="too many",
         ),
         pytest.param(lambda f: f._when_over.happen(), id="live after the end"),
@@ -100,7 +101,7 @@ async def test_a_broken_invariant_raises_with_the_description(
     factory = server._factory
     live = dict(factory._live)
     settings = factory.settings.max_accepts_per_batch
-    limits = factory._max_connections, factory._allowed
+    limits = factory.slots._limit, factory.slots._allowed
     break_it(factory)
     with pytest.raises(AssertionError) as caught:
         server.invariant()
@@ -108,7 +109,7 @@ async def test_a_broken_invariant_raises_with_the_description(
     # Mended, so that it can be closed.
     factory._live.clear()
     factory._live.update(live)
-    factory._max_connections, factory._allowed = limits
+    factory.slots._limit, factory.slots._allowed = limits
     object.__setattr__(factory.settings, "max_accepts_per_batch", settings)
     factory._when_over.has_happened = False
     held.told.callback(None)
@@ -231,6 +232,21 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "max_accepts_per_batch": 3,
         "backlog": 11,
         "drop_incoming_connections": True,
+        "overflow": "evict",
+        "refusal": "drop",
+        "max_connections_per_peer": 5,
+        "accept_rate_per_peer": "3/m:2",
+        "peer_prefixes": [24, 48],
+        "accept_rate": "100/s:7",
+        "allow": ["10.0.0.0/8", "127.0.0.0/8", "::/0"],
+        "deny": ["10.1.0.0/16"],
+        "dry_run": ["deny", "idle_timeout"],
+        "first_byte_timeout": 1.5,
+        "idle_timeout": 2.5,
+        "handler_timeout": 3.5,
+        "lifetime": 4.5,
+        "min_throughput": 5.5,
+        "throughput_window": 6.5,
         "keepalive": True,
         "engine": "reactor",
         "buffer_age_limit": 12.5,
@@ -238,7 +254,7 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "reader_buffer_size": 1234,
         "writer_buffer_size": 4321,
     }
-    server = await serve(print, **options)
+    server = await serve(print, **options | {"peer_prefixes": (24, 48)})
     described = as_json(server.describe())
     assert described["where"] == "127.0.0.1:0"
     assert str(server.listening_on) in described["address"]
@@ -364,10 +380,10 @@ async def test_describe_tells_of_each_connection(
 
 
 @ensureDeferred
-async def test_describe_tells_no_bytes_of_a_sock_handlers_connection(
+async def test_describe_asks_the_kernel_for_the_bytes_of_other_connections(
     serve: Any, connect: Any
 ) -> None:
-    """I4: nobody counts them there; a protocol's are not told either."""
+    """I4: nobody counts them in the process, with a socket or a protocol."""
     told: Deferred[None] = Deferred()
 
     async def handler(address: Any, client: socket.socket) -> None:
@@ -377,13 +393,15 @@ async def test_describe_tells_no_bytes_of_a_sock_handlers_connection(
     server = await serve(handler, create=Server.create_sock)
     assert await in_thread(connect(server).read, 5) == b"hello"
     (one,) = as_json(server.describe())["connections"]
-    assert "bytes_in" not in one and "bytes_out" not in one
+    assert (one["bytes_in"], one["bytes_out"]) == (0, 5)
     assert (one["handler"], one["socket"]) == ("running", "open")
     told.callback(None)
     server = await serve(Factory.forProtocol(Echo), create=Server.create_protocol)
-    connect(server)
-    await until(lambda: server.num_connections == 1)
+    client = connect(server)
+    client.send(b"hi")
+    assert await in_thread(client.read, 2) == b"hi"
     (one,) = as_json(server.describe())["connections"]
+    assert (one["bytes_in"], one["bytes_out"]) == (2, 2)
     assert one["handler"] == "running"
 
 

@@ -1,0 +1,102 @@
+"""
+What the owner of a server sees of it, and can change, while it runs: its
+connections, its limits, its handler, who observes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+
+from tcpsvc.connection import Connection
+from tcpsvc.factory import ServerFactory
+from tcpsvc.snapshot import ConnectionSnapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tcpsvc.options import StreamOptions
+
+
+class Control:
+    """Mixed into :class:`tcpsvc.Server`."""
+
+    _factory: ServerFactory
+
+    # Connections.
+
+    @property
+    def connections(self) -> tuple[ConnectionSnapshot, ...]:
+        """All that are live, as they are now, in the order of their accepts."""
+        return tuple(c.snapshot() for c in self._factory.connections)
+
+    def connection(self, id: int) -> Connection[Any]:
+        """
+        A live connection: to close it, abort it, or have it hold no slot. See
+        :class:`tcpsvc.IConnection`.
+
+        :param id: its number, as in :attr:`connections`.
+        :raises KeyError: there is none, or no longer.
+        """
+        return self._factory.connection(id)
+
+    def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
+        """
+        Wait until the number of taken slots is as one wishes::
+
+            await server.when_connections(lambda n: n < 10)
+
+        :param condition: called with it, now and at each change.
+        :returns: a Deferred of one's own that fires when it has returned something
+            true, in the middle of the change, and fails with what it raises.
+            Cancelling it ends the waiting only.
+        """
+        return self._factory.when_connections(condition)
+
+    # Changes.
+
+    def change(self, **options: Unpack[StreamOptions]) -> None:
+        """
+        Other options from now on: all of them, or none if one is wrong.
+
+        Timeouts and limits take effect at once: on connections that are live at the
+        next look at them, on clients at the next accept. A lowered limit closes
+        nobody. Buffer sizes, ``keepalive`` and ``handler`` are those of new
+        connections. ``backlog`` is that of the next bind. ``engine``, ``socket``,
+        ``reactor`` and ``clock`` cannot be changed.
+
+        :raises ValueError: an option has a bad value; it is named.
+        :raises TypeError: an option is unknown, cannot be changed, or its value is of
+            the wrong kind.
+        """
+        self._factory.change(dict(options))
+
+    def set_handler(self, handler: Any) -> None:
+        """
+        Serve new connections with another handler. Those that are live keep theirs.
+
+        :param handler: of the same kind as the one before.
+        :raises TypeError: it is not.
+        """
+        self._factory.set_handler(handler)
+
+    # Observers.
+
+    def add_observer(self, observer: Any) -> None:
+        """
+        Tell one more what happens from now on.
+
+        :param observer: a :class:`tcpsvc.Observer`.
+        :raises ValueError: it is no :class:`tcpsvc.IObserver`.
+        """
+        self._factory.add_observer(observer)
+
+    def remove_observer(self, observer: Any) -> None:
+        """
+        Tell it no more.
+
+        :raises ValueError: it was not added.
+        """
+        self._factory.remove_observer(observer)
