@@ -169,8 +169,9 @@ class TokenBucket:
         """
         now = self._time(now)
         missing = max(0.0, self._full_at - now) / self._interval
-        there = min(max(0.0, self._rate.burst - missing), rate.burst)
+        there = self._rate.burst - missing
         self._set(rate)
+        # With more than fit it has been full for a while.
         self._full_at = now + (rate.burst - there) * self._interval
 
     def _set(self, rate: Rate) -> None:

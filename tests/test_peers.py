@@ -233,6 +233,14 @@ def test_a_clock_set_back_stops_the_time_once() -> None:
     assert admitted(peers, "10.0.0.1", 2.0) == 2
 
 
+def test_a_clock_set_back_is_noticed_by_who_is_refused() -> None:
+    """Nobody else need come."""
+    peers = Peers(rate=Rate(1, 3))
+    assert admitted(peers, "10.0.0.1", NOW) == 3
+    assert admitted(peers, "10.0.0.1", 0.0) == 0
+    assert admitted(peers, "10.0.0.1", 2.0) == 2
+
+
 def test_with_another_rate_everybody_starts_with_a_full_bucket() -> None:
     """The same rate is no other."""
     peers = Peers(rate=Rate(1, 3))
@@ -314,6 +322,18 @@ def test_whose_bucket_is_full_again_is_forgotten() -> None:
     for n in range(100):
         admitted(peers, f"10.0.0.{n}", NOW, 10)
     assert remembered(peers) == 100
+    for seconds in range(1, 25):
+        admitted(peers, "10.0.1.1", NOW + seconds, 1)
+    assert remembered(peers) == 1
+
+
+def test_with_another_rate_they_are_forgotten_as_soon_as_it_fills_them() -> None:
+    """Not as soon as the one before would have."""
+    peers = Peers(rate=Rate(1 / 3600, 10))
+    admitted(peers, "10.0.0.1", NOW)
+    peers.change(rate=Rate(1, 10))
+    admitted(peers, "10.0.0.1", NOW)
+    assert remembered(peers) == 1
     for seconds in range(1, 25):
         admitted(peers, "10.0.1.1", NOW + seconds, 1)
     assert remembered(peers) == 1
