@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from ipaddress import ip_network
@@ -387,16 +387,13 @@ def memory_traced() -> Iterator[None]:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "host_of",
-    [
-        lambda n: f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}",
-        lambda n: f"2001:{n >> 16:x}:{n & 65535:x}::1",
-    ],
-    ids=["IPv4", "IPv6"],
-)
-def test_a_flood_of_peers_takes_little_memory(host_of: Callable[[int], str]) -> None:
+def test_a_flood_of_peers_takes_little_memory() -> None:
     """More of them take no more, and it is given back."""
+
+    def host_of(n: int) -> str:
+        # Keys of IPv6 are the larger ones.
+        return f"2001:{n >> 16:x}:{n & 65535:x}::1"
+
     most = peers_module.MOST_PEERS
     assert most == 100_000
     peers = Peers(5, Rate(0.01, 5))
