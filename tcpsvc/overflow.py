@@ -15,7 +15,7 @@ class Reply:
     A last word to a client that is not let in: it is sent, then the connection is
     closed, orderly. The client may take 5 s; what it sends is discarded.
 
-    :param data: the bytes, at most :data:`LONGEST_REPLY`.
+    :param data: the bytes, at most 4096.
     """
 
     data: bytes
