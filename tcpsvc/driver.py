@@ -52,7 +52,6 @@ class Driver:
         "_on_end",
         "_result",
         "_run",
-        "_send",
         "_waiting",
     )
 
@@ -62,7 +61,6 @@ class Driver:
         on_end: Callable[[Failure | None], None],
     ) -> None:
         self._coroutine = running
-        self._send = running.send
         self._on_end = on_end
         self._run = copy_context().run
         #: What it waits for, or did last: a suspension that was woken has no driver.
@@ -84,7 +82,7 @@ class Driver:
                         value.throwExceptionIntoGenerator, self._coroutine
                     )
                 else:
-                    waits = self._run(self._send, value)
+                    waits = self._run(self._coroutine.send, value)
                 if type(waits) is Suspension:
                     waits.driver = self
                 elif isinstance(waits, Deferred):

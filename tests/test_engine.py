@@ -465,7 +465,7 @@ class StandIn:
     watcher: Any = None
     connected = True
     is_flush_due = False
-    receive = None
+    plain_socket = None
 
     def __init__(self, name: str, served: list[str], pair: Any = None) -> None:
         self.name = name

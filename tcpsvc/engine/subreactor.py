@@ -316,14 +316,15 @@ class SubReactor:
                 if selectable is None:
                     continue
                 self.served = selectable
-                if event != _IN or selectable.receive is None:
+                plain_socket = selectable.plain_socket
+                if event != _IN or plain_socket is None:
                     self._serve_other(selectable, fd, event)
                     credit -= CREDIT_OF_ONE
                 else:
                     # As its doRead does, and without the way over ``due`` for
                     # what it answers: 12 % of an echo.
                     try:
-                        data = selectable.receive(size)
+                        data = plain_socket.recv(size)
                     except BlockingIOError:
                         continue
                     except OSError:

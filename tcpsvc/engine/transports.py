@@ -82,8 +82,8 @@ class _SendsAtOnce(Watched):
     #: pyOpenSSL.
     TLS = False
     tells_errors = True
-    #: What the sub-reactor reads with; ``None`` where it is to call ``doRead``.
-    receive: Any = None
+    #: What the sub-reactor reads from; ``None`` where it is to call ``doRead``.
+    plain_socket: Any = None
     #: Whether the first write outside a turn may go before what follows it.
     _flushes_at_once = True
     #: Its protocol while that hears of the loss, for the log.
@@ -103,8 +103,7 @@ class _SendsAtOnce(Watched):
         """As of the transport's Twisted class; ``reactor`` may be a sub-reactor."""
         sock.setblocking(False)
         self.socket = sock
-        self.fileno = sock.fileno
-        self.receive = sock.recv
+        self.plain_socket = sock
         self.protocol = protocol
         self.client = client
         self.server = server
@@ -150,6 +149,12 @@ class _SendsAtOnce(Watched):
         port = getattr(self.server, "_realPortNumber", None)
         protocol = type(getattr(self, "protocol", None)).__name__
         return f"<{protocol} #{self.sessionno} on {port}>"
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once it is lost."""
+        if self.plain_socket is None and not hasattr(self, "socket"):
+            return -1
+        return self.socket.fileno()  # type: ignore[no-any-return]
 
     # Reading.
 
@@ -347,8 +352,7 @@ class _SendsAtOnce(Watched):
         protocol = self.protocol
         del self.protocol
         del self.socket
-        del self.fileno
-        self.receive = None
+        self.plain_socket = None
         self._last_protocol = protocol
         try:
             if watcher is not None:
@@ -397,7 +401,7 @@ class UNIXServerTransport(Counted, _SendsAtOnce, unix.Server):  # type: ignore[m
 
     def __init__(self, sock: Any, protocol: Any, client: Any, *args: Any) -> None:
         super().__init__(sock, protocol, (client, None), *args)
-        self.receive = None
+        self.plain_socket = None
         self._sendmsgQueue: list[int] = []
 
     doRead = unix.Server.doRead
