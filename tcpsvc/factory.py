@@ -128,7 +128,9 @@ class ServerFactory(protocol.ServerFactory):
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
         self._sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
-        self._sweep_as_needed()
+        #: Whether there is, or ever was, a limit that remembers connections.
+        self._is_limited = False
+        self._limit_as_set()
         #: What a dry run has told of live connections, once each.
         self._told: dict[int, set[Reason]] = {}
         #: Accepted clients are to be this few until then, for accept_rate.
@@ -269,7 +271,7 @@ class ServerFactory(protocol.ServerFactory):
             for connection in self._live.values():
                 self._admission.enter(connection, host_of(connection.peer), now)
         self._timeouts.change(settings)
-        self._sweep_as_needed()
+        self._limit_as_set()
         if settings.accept_rate != before.accept_rate or settings.dry_run:
             self._stop_waiting_for_rate()
         self._place_found()
@@ -539,6 +541,7 @@ class ServerFactory(protocol.ServerFactory):
         if connection is not None and connection.transport is None:
             connection.forget()
         self._held_unconnected.pop(self._last_id, None)
+        self._reply = None
 
     def _next_id(self) -> int:
         self._last_id += 1
@@ -549,6 +552,14 @@ class ServerFactory(protocol.ServerFactory):
         may_exceed = "max_connections" in self.settings.dry_run
         self.slots.take(connection, may_exceed=may_exceed)
         self._sweeper.began()
+        if self._admission.counts:
+            self._count(connection)
+        if self.slots.is_full:
+            self._reached_limit()
+        self._conditions.look(self.slots)
+
+    def _count(self, connection: Connection[Any]) -> None:
+        """Count it for its peer, and for the rates."""
         now = self.clock.seconds()
         self._admission.enter(connection, host_of(connection.peer), now)
         wait = self._admission.wait(
@@ -556,9 +567,6 @@ class ServerFactory(protocol.ServerFactory):
         )
         if wait > 0 and self._rate_wait is None:
             self._rate_wait = self.clock.callLater(wait, self._rate_allows)
-        if self.slots.is_full:
-            self._reached_limit()
-        self._conditions.look(self.num_connections)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -585,7 +593,7 @@ class ServerFactory(protocol.ServerFactory):
     def uncount(self, connection: Connection[Any]) -> None:
         """It holds no slot any more: the next client may come in."""
         self.slots.uncount(connection)
-        self._conditions.look(self.num_connections)
+        self._conditions.look(self.slots)
         self._place_found()
 
     def holds_slot(self, connection: Connection[Any]) -> bool:
@@ -603,14 +611,15 @@ class ServerFactory(protocol.ServerFactory):
         error, then let the next client in (spec H4).
         """
         self.slots.free(connection)
-        self._admission.leave(connection)
-        self._eviction.forget(connection)
-        self._timeouts.forget(connection)
-        self._told.pop(connection.id, None)
         self._sweeper.forget(connection)
+        if self._is_limited:
+            self._admission.leave(connection)
+            self._eviction.forget(connection)
+            self._timeouts.forget(connection)
+            self._told.pop(connection.id, None)
         if error is not None:
             self.report(connection.peer, error)
-        self._conditions.look(self.num_connections)
+        self._conditions.look(self.slots)
         self._place_found()
         self._maybe_over()
 
@@ -622,6 +631,7 @@ class ServerFactory(protocol.ServerFactory):
             and not self.slots.is_full
         ):
             connection = self._held.popleft()
+            connection.admitted()
             self._admit(connection)
             self._accepted(connection)
             self._starts.add(connection)
@@ -726,11 +736,14 @@ class ServerFactory(protocol.ServerFactory):
         """Whether all that are live are looked at about once a second."""
         return self._sweeper.sweeps_all
 
-    def _sweep_as_needed(self) -> None:
+    def _limit_as_set(self) -> None:
         timeout = self._timeouts.shortest
-        if timeout is None and self.settings.overflow == "evict":
+        evicts = self.settings.overflow == "evict"
+        if timeout is None and evicts:
             timeout = RANKING_LASTS * 4
         self._sweeper.sweep_all(timeout)
+        if timeout is not None or self._admission.counts:
+            self._is_limited = True
 
     def _look_at_timeouts(self, connection: Any, now: float) -> None:
         if not connection.is_running:

@@ -119,9 +119,9 @@ class IConnection(Interface):
     peer = Attribute("The client's address.")
     label = Attribute("What the handler calls it. To be set; default None.")
     reason = Attribute("Why it ends, a tcpsvc.Reason; None until something has.")
-    age = Attribute("Seconds since its accept, up to its end.")
-    bytes_in = Attribute("Bytes received; None where nobody knows.")
-    bytes_out = Attribute("Bytes sent; None where nobody knows.")
+    age = Attribute("Seconds since its accept; for observers up to its end.")
+    bytes_in = Attribute("Bytes received; None where nobody knows, or has observed.")
+    bytes_out = Attribute("Bytes that the kernel has taken; None as for bytes_in.")
 
     def snapshot():  # type: ignore[no-untyped-def]
         """Its state now, a tcpsvc.ConnectionSnapshot."""
