@@ -135,8 +135,8 @@ class ServerFactory(protocol.ServerFactory):
         self._told: dict[int, set[Reason]] = {}
         #: Accepted clients are to be this few until then, for accept_rate.
         self._rate_wait: IDelayedCall | None = None
-        #: Whether a gate asks before it accepts.
-        self.is_gated = False
+        #: Whether a gate has asked about the next client.
+        self._is_judged = False
         #: What the next client is told instead of being served.
         self._reply: Reply | None = None
         #: Accepted by a port that cannot be told to stop; none holds a slot.
@@ -378,6 +378,7 @@ class ServerFactory(protocol.ServerFactory):
 
         :param host: its IP address; ``None`` for a UNIX client.
         """
+        self._is_judged = True
         if self.is_dropping:
             return Reason.DROPPED, "drop"
         if self._admission.asks:
@@ -409,6 +410,7 @@ class ServerFactory(protocol.ServerFactory):
 
     def refused(self, address: Any, reason: Reason) -> None:
         """A client was sent away."""
+        self._is_judged = False
         self.events.connection_refused(address, reason)
         if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
             self._log.warn(
@@ -471,10 +473,11 @@ class ServerFactory(protocol.ServerFactory):
             )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
-        if not self.is_gated:
+        if not self._is_judged:
             refusal = self.refusal_of(host_of(addr))
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
+        self._is_judged = False
         connection: Any = self._kind(self, self._next_id(), addr, self.handler)
         if self._must_hold():
             connection.hold()
@@ -505,6 +508,7 @@ class ServerFactory(protocol.ServerFactory):
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
+        self._is_judged = False
         connection: Any = self._kind(
             self, self._next_id(), address, self.handler, client
         )
@@ -542,6 +546,7 @@ class ServerFactory(protocol.ServerFactory):
             connection.forget()
         self._held_unconnected.pop(self._last_id, None)
         self._reply = None
+        self._is_judged = False
 
     def _next_id(self) -> int:
         self._last_id += 1

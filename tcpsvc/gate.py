@@ -72,7 +72,6 @@ class Admits(Protocol):
     clock: Any
     is_dropping: bool
     inherits_nodelay: bool
-    is_gated: bool
     takes_sockets: bool
 
     @property
@@ -129,7 +128,6 @@ class Gate:
         if type(port) is tcp.Port and port._preexistingSocket is None:
             # An endpoint has opened it for us alone.
             set_options(port.socket, nodelay=True, keepalive=False)
-        factory.is_gated = True
         factory.inherits_nodelay = has_nodelay(port.socket)
         #: Serves the connections; ``None`` where Twisted's own transports do.
         self._engine: Engine | None = None
