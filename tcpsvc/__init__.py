@@ -6,6 +6,7 @@ from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import log_error
 from tcpsvc.interfaces import IReader, IServer, IWriter
+from tcpsvc.listener import Listener
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.reader import Reader
 from tcpsvc.server import InetServer, Server, UnixServer
@@ -32,6 +33,7 @@ __all__ = [
     "IWriter",
     "InetAddress",
     "InetServer",
+    "Listener",
     "Options",
     "Reader",
     "Server",

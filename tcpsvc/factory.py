@@ -11,7 +11,7 @@ Every change of the number of taken slots is in :meth:`ServerFactory._admit` and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
-from tcpsvc.where import address_text
+from tcpsvc.where import addresses_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,6 +88,8 @@ class ServerFactory(protocol.ServerFactory):
         self.counters = Counters()
         self.is_dropping = settings.drop_incoming_connections
         self.is_closed = False
+        #: Whether a server's pause lets nobody in for now (spec Z1).
+        self.is_paused = False
         self._max_connections = settings.max_connections
         #: What was live when the limit was lowered may exceed it.
         self._allowed = settings.max_connections
@@ -111,7 +113,7 @@ class ServerFactory(protocol.ServerFactory):
         self._has_server = False
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._listening_on: Callable[[], object] = _nothing
+        self._addresses: Callable[[], Sequence[object]] = tuple
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -244,10 +246,20 @@ class ServerFactory(protocol.ServerFactory):
             self._refuse_held(self._count_dropped)
         self._on_place()
 
+    def set_paused(self, paused: bool) -> None:
+        """
+        Let nobody in for now, not even to drop them, or go on. A port that cannot
+        be gated accepts nevertheless: whom it accepts is held.
+        """
+        self.is_paused = paused
+        self._place_found()
+
     def has_place(self) -> bool:
         """Whether the next client may be accepted. The rule of the gate."""
-        return not self.is_closed and (
-            self.is_dropping or len(self._live) < self._max_connections
+        return (
+            not self.is_closed
+            and not self.is_paused
+            and (self.is_dropping or len(self._live) < self._max_connections)
         )
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
@@ -266,7 +278,7 @@ class ServerFactory(protocol.ServerFactory):
             self.counters.dropped += 1
             return Refuser()
         connection: Any = self._make_connection(self, self._next_id(), addr)
-        if len(self._live) >= self._max_connections or self._held:
+        if len(self._live) >= self._max_connections or self._held or self.is_paused:
             connection.hold()
             self._held_unconnected[connection.id] = connection
             return connection
@@ -328,7 +340,7 @@ class ServerFactory(protocol.ServerFactory):
             self._warned_at = now
             self._log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
-                address=address_text(self._listening_on() or "a server"),
+                address=addresses_text(self._addresses()) or "a server",
                 limit=self._max_connections,
             )
 
@@ -349,6 +361,7 @@ class ServerFactory(protocol.ServerFactory):
         while (
             self._held
             and not self.is_closed
+            and not self.is_paused
             and len(self._live) < self._max_connections
         ):
             connection = self._held.popleft()
@@ -459,14 +472,14 @@ class ServerFactory(protocol.ServerFactory):
         on_place: Callable[[], None],
         on_descriptor_closed: Callable[[], None],
         on_failure: Callable[[], None],
-        listening_on: Callable[[], object],
+        addresses: Callable[[], Sequence[object]],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
         self._has_server = True
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
-        self._listening_on = listening_on
+        self._addresses = addresses
 
     def set_socket_options(self, connected: Any) -> None:
         """What each connection's socket has (spec A7, A5)."""
@@ -477,13 +490,14 @@ class ServerFactory(protocol.ServerFactory):
             )
 
     def listening_on(self) -> Any:
-        """The listening address, if it is known."""
-        return self._listening_on()
+        """The listening address, where it is known and there is no other."""
+        addresses = self._addresses()
+        return addresses[0] if len(addresses) == 1 else None
 
     @property
     def is_listening_anywhere(self) -> bool:
         """Whether connections may have another own address than the listener's."""
-        return getattr(self._listening_on(), "host", "") in ("", "0.0.0.0", "::")
+        return getattr(self.listening_on(), "host", "") in ("", "0.0.0.0", "::")
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""
