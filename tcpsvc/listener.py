@@ -97,11 +97,11 @@ class Listener(Generic[AddressT, ListeningOnT]):
 
     def begin(self) -> None:
         """
-        Let clients in.
+        Let clients in, unless the socket is closed.
 
         :raises OSError: there is no descriptor left to serve with.
         """
-        if self._gate is not None:
+        if self._gate is not None and self.is_listening:
             self._gate.open()
 
     def update(self) -> bool:

@@ -17,10 +17,11 @@ order in which they were asked for.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -32,6 +33,8 @@ from tcpsvc.where import SocketPlace, addresses_text
 
 #: The ways to pause: leave clients in the backlog, or refuse them.
 How = Literal["hold", "refuse"]
+
+Change = Callable[[Any], Deferred[None] | None]
 
 
 class Pausing:
@@ -48,7 +51,10 @@ class Pausing:
         self._listeners = listeners
         self._factory = factory
         self._is_over = False
-        self._changes = DeferredLock()
+        #: The changes to come, and who waits for each.
+        self._queue: deque[tuple[Change, How | None, Event]] = deque()
+        #: Whether one is being made.
+        self._is_changing = False
         #: Where to listen again, while refusing.
         self._places: Sequence[SocketPlace[Any, Any]] = ()
 
@@ -72,26 +78,35 @@ class Pausing:
             if was == "refuse":
                 self._factory.doStop()
 
-    def _in_turn(
-        self, change: Callable[..., Deferred[None] | None], to: How | None
-    ) -> Deferred[None]:
-        # Cancelling what is returned ends the waiting, not the change.
+    def _in_turn(self, change: Change, to: How | None) -> Deferred[None]:
         done = Event()
-        waiter = done.wait()
-
-        def failed(failure: Failure) -> None:
-            if done.is_awaited:
-                done.fail(failure)
-            else:
-                self._log.error(
-                    "{address}: {error}",
-                    address=addresses_text(self._listeners.addresses()),
-                    error=failure.getErrorMessage(),
-                )
-
-        running: Deferred[Any] = self._changes.run(change, to)
-        running.addCallbacks(lambda _: done.happen(), failed)
+        waiter = done.wait()  # Cancelling it ends the waiting, not the change.
+        self._queue.append((change, to, done))
+        self._work()
         return waiter
+
+    def _work(self) -> None:
+        """Make the changes that are due, up to one that takes its time."""
+        while self._queue and not self._is_changing:
+            change, to, done = self._queue.popleft()
+            self._is_changing = True
+            changing: Deferred[Any] = maybeDeferred(change, to)
+            changing.addBoth(self._changed, done)
+            if self._is_changing:
+                changing.addBoth(lambda _: self._work())
+
+    def _changed(self, result: object, done: Event) -> None:
+        self._is_changing = False
+        if not isinstance(result, Failure):
+            done.happen()
+        elif done.is_awaited:
+            done.fail(result)
+        else:
+            self._log.error(
+                "{address}: {error}",
+                address=addresses_text(self._listeners.addresses()),
+                error=result.getErrorMessage(),
+            )
 
     def _pause(self, how: How) -> Deferred[None] | None:
         if how not in ("hold", "refuse"):

@@ -90,7 +90,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time, over all listeners; others wait. Default: by ulimit.",
+            "Connections at a time, over all listeners. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [
