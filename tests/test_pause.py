@@ -576,7 +576,8 @@ async def test_the_end_waits_for_live_connections_of_before_the_pause(
     """Z5, X4: also of a server that was paused when it was closed."""
     server = await serve(answer)
     client = connect(server)
-    await until(lambda: server.num_connections == 1)
+    client.send(b"started\n")
+    assert await in_thread(client.read, 8) == b"started\n"
     await server.pause(how)
     over = Fired(server.close_finished_and_handlers_determined())
     failed = Fired(server.failed())
