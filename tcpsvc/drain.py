@@ -12,7 +12,7 @@ from twisted.logger import Logger
 
 from tcpsvc._waiters import Event
 from tcpsvc.server import Server
-from tcpsvc.where import address_text
+from tcpsvc.where import addresses_text
 
 #: How often it says what remains, in seconds.
 REPORT_INTERVAL = 1.0
@@ -41,6 +41,7 @@ class Drain:
     def __init__(self, server: Server[Any, Any], timeout: float | None) -> None:
         self._server = server
         self._timeout = timeout
+        self._addresses = addresses_text(x.address for x in server.listeners)
         self._clock = server.clock
         self._since = self._clock.seconds()
         self._timer: IDelayedCall | None = None
@@ -73,7 +74,7 @@ class Drain:
             self._log.info(
                 "{address}: draining, {remaining} remain, "
                 "waited {waited:.0f} s of {timeout}",
-                address=address_text(self._server.listening_on_address),
+                address=self._addresses,
                 remaining=self._remaining(),
                 waited=waited,
                 timeout="any" if self._timeout is None else f"{self._timeout:g} s",
@@ -89,7 +90,7 @@ class Drain:
             self._is_forced = True
             self._log.warn(
                 "{address}: closing {remaining} that remain",
-                address=address_text(self._server.listening_on_address),
+                address=self._addresses,
                 remaining=self._remaining() or "0 connections",
             )
             self._server.close(close_existing_connections=True)
@@ -106,7 +107,7 @@ class Drain:
         self._log.error(
             "{address}: {remaining} do not end, not even when cancelled; "
             "not waiting for them",
-            address=address_text(self._server.listening_on_address),
+            address=self._addresses,
             remaining=self._remaining("handlers"),
         )
         self._when_done.happen()

@@ -11,7 +11,7 @@ client may be accepted, :meth:`ServerFactory.refusal_of` whether it is sent away
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import address_text
+from tcpsvc.where import addresses_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,6 +114,8 @@ class ServerFactory(protocol.ServerFactory):
             self.add_observer(observer)
         self.is_dropping = settings.drop_incoming_connections
         self.is_closed = False
+        #: Whether a server's pause lets nobody in for now (spec Z1).
+        self.is_paused = False
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
         self._eviction = Eviction()
@@ -152,7 +154,7 @@ class ServerFactory(protocol.ServerFactory):
         self._has_server = False
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._listening_on: Callable[[], object] = _nothing
+        self._addresses: Callable[[], Sequence[object]] = tuple
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -353,9 +355,17 @@ class ServerFactory(protocol.ServerFactory):
             self._refuse_held(Reason.DROPPED)
         self._on_place()
 
+    def set_paused(self, paused: bool) -> None:
+        """
+        Let nobody in for now, not even to drop them, or go on. A port that cannot
+        be gated accepts nevertheless: whom it accepts is held.
+        """
+        self.is_paused = paused
+        self._place_found()
+
     def has_place(self) -> bool:
         """Whether the next client may be accepted. The rule of the gate."""
-        if self.is_closed:
+        if self.is_closed or self.is_paused:
             return False
         if self.is_dropping:
             return True
@@ -415,7 +425,7 @@ class ServerFactory(protocol.ServerFactory):
         if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 reason=reason.value,
                 count=self.counters.refusals[reason.value],
             )
@@ -427,11 +437,14 @@ class ServerFactory(protocol.ServerFactory):
             self._log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 client=address,
                 reason=reason.value,
                 count=self.counters.would_refuse[reason.value],
             )
+
+    def _names(self) -> str:
+        return addresses_text(self._addresses()) or "a server"
 
     def _may_warn(self, of: Reason | str) -> bool:
         """Whether that was not said for a while (spec A3)."""
@@ -502,7 +515,7 @@ class ServerFactory(protocol.ServerFactory):
 
     def _must_hold(self) -> bool:
         """Whether an accepted client is to wait for a slot."""
-        if self._held or self._rate_wait is not None:
+        if self._held or self.is_paused or self._rate_wait is not None:
             return True
         return self.slots.is_full and ("max_connections" not in self.settings.dry_run)
 
@@ -582,7 +595,7 @@ class ServerFactory(protocol.ServerFactory):
         if self.settings.overflow == "hold" and self._may_warn("max_connections"):
             self._log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 limit=self.max_connections,
             )
 
@@ -632,6 +645,7 @@ class ServerFactory(protocol.ServerFactory):
         while (
             self._held
             and not self.is_closed
+            and not self.is_paused
             and self._rate_wait is None
             and not self.slots.is_full
         ):
@@ -771,14 +785,14 @@ class ServerFactory(protocol.ServerFactory):
         on_place: Callable[[], None],
         on_descriptor_closed: Callable[[], None],
         on_failure: Callable[[], None],
-        listening_on: Callable[[], object],
+        addresses: Callable[[], Sequence[object]],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
         self._has_server = True
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
-        self._listening_on = listening_on
+        self._addresses = addresses
 
     def set_socket_options(self, connected: Any) -> None:
         """What each connection's socket has (spec A7, A5)."""
@@ -789,13 +803,14 @@ class ServerFactory(protocol.ServerFactory):
             )
 
     def listening_on(self) -> Any:
-        """The listening address, if it is known."""
-        return self._listening_on()
+        """The listening address, where it is known and there is no other."""
+        addresses = self._addresses()
+        return addresses[0] if len(addresses) == 1 else None
 
     @property
     def is_listening_anywhere(self) -> bool:
         """Whether connections may have another own address than the listener's."""
-        return getattr(self._listening_on(), "host", "") in ("", "0.0.0.0", "::")
+        return getattr(self.listening_on(), "host", "") in ("", "0.0.0.0", "::")
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""

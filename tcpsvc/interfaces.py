@@ -82,25 +82,33 @@ class IWriter(Interface):
 class IServer(Interface):
     """A listening server: :class:`tcpsvc.Server`."""
 
-    listening_on = Attribute("The port, the path, or the address.")
-    listening_on_address = Attribute("The listening address.")
-    listening_socket = Attribute("The listening socket, while it is open.")
+    listeners = Attribute("Each place where it listens.")
+    listening_on = Attribute("The port, the path, or the address of the first.")
+    listening_on_address = Attribute("The first listening address.")
+    listening_socket = Attribute("The first listening socket, while it is open.")
     num_connections = Attribute("How many slots are taken.")
     max_connections = Attribute("How many slots there are.")
     is_closed = Attribute("Whether close was called.")
+    is_paused = Attribute("'hold' or 'refuse' while paused, else None.")
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
 
     def close(*, close_existing_connections=False):  # type: ignore[no-untyped-def]
-        """Close the listening socket; a Deferred of one's own."""
+        """Close the listening sockets; a Deferred of one's own."""
 
     def close_finished():  # type: ignore[no-untyped-def]
-        """A Deferred: the listening socket is closed."""
+        """A Deferred: the listening sockets are closed."""
 
     def close_finished_and_handlers_determined():  # type: ignore[no-untyped-def]
         """A Deferred: closed, and no connection is live."""
 
     def failed():  # type: ignore[no-untyped-def]
         """A Deferred that fails with the error that closed the server."""
+
+    def pause(how):  # type: ignore[no-untyped-def]
+        """Accept nobody for a while; a Deferred of one's own."""
+
+    def resume():  # type: ignore[no-untyped-def]
+        """Accept again; a Deferred of one's own."""
 
     def set_drop_incoming_connections(drop):  # type: ignore[no-untyped-def]
         """Drop incoming clients, or stop dropping them."""

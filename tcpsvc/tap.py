@@ -23,6 +23,7 @@ import tcpsvc
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
 from tcpsvc.options import ENGINES
+from tcpsvc.places import places_text
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
@@ -89,7 +90,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time per listener; others wait. [default: by ulimit]",
+            "Connections at a time, over all listeners. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [
@@ -222,7 +223,7 @@ class Options(usage.Options):
 
     def places(self) -> list[WhereToListen[Any, Any]]:
         """
-        Everywhere that is to be listened on.
+        Everywhere that is to be listened on, by one server.
 
         :raises ValueError: a path or a description is no good.
         """
@@ -288,12 +289,12 @@ def makeService(options: Options) -> Daemon:
     failures: list[Failure] = []
     where = ""
     try:
-        for service in _services(options):
-            service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
-            where = f"{service.where}: "
-            service.bind().addErrback(failures.append)
-            if failures:
-                failures[0].raiseException()
+        service = _service(options)
+        service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
+        where = f"{places_text(options.places())}: "
+        service.bind().addErrback(failures.append)
+        if failures:
+            failures[0].raiseException()
     except (ValueError, TypeError, CannotListenError) as error:
         refuse(error)
     except Exception as error:
@@ -302,7 +303,7 @@ def makeService(options: Options) -> Daemon:
     return daemon
 
 
-def _services(options: Options) -> list[TcpService]:
+def _service(options: Options) -> TcpService:
     make: Any = TcpService
     handler = options["function"]
     if options["kind"] == "sock-handler":
@@ -335,4 +336,5 @@ def _services(options: Options) -> list[TcpService]:
         common["backlog"] = options["backlog"]
     if options["kind"] == "handler":
         common["buffer_age_limit"] = options["buffer-age-limit"]
-    return [make(where, handler, **common) for where in options.places()]
+    service: TcpService = make(options.places(), handler, **common)
+    return service

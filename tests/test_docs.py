@@ -60,7 +60,7 @@ if shutil.which("systemd-socket-activate") is None:
 #: Which lines of the sessions with ``nc`` are typed.
 TYPED = {
     "Ada", "Grace", "hello", "stop", "still here",
-    "6 3", "1 0", "8 4", "9 3", "nonsense",
+    "6 3", "1 0", "8 4", "9 3", "nonsense", "hold", "refuse", "resume",
 }  # fmt: skip
 
 _BLOCK = re.compile(
