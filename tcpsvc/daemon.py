@@ -87,6 +87,7 @@ class Daemon(MultiService):
                     file=sys.__stdout__,
                     flush=True,
                 )
+        _log.info("limits: {limits}", limits=server.limits)
         server.failed().addErrback(self._failed)
 
     def _cannot_listen(self, _: Failure) -> None:

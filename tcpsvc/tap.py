@@ -20,9 +20,10 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 import tcpsvc
+from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES
+from tcpsvc.options import ENGINES, networks
 from tcpsvc.places import places_text
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
@@ -133,6 +134,7 @@ class Options(usage.Options):
             "auto",
             "What serves connections: auto (tcpsvc itself, if it can), or reactor.",
         ],
+        *tap_limits.PARAMETERS,
     ]
     optFlags = [  # noqa: RUF012
         ["drop-incoming", None, "Accept clients and close them at once."],
@@ -144,6 +146,7 @@ class Options(usage.Options):
             "socket": usage.CompleteFiles(),
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
             "engine": usage.CompleteList(list(ENGINES)),
+            **tap_limits.COMPLETIONS,
         }
     )
 
@@ -152,6 +155,8 @@ class Options(usage.Options):
         self["listen"] = []
         self["port"] = []
         self["socket"] = []
+        self["allow"] = []
+        self["deny"] = []
 
     def opt_listen(self, description: str) -> None:
         """
@@ -176,6 +181,16 @@ class Options(usage.Options):
     def opt_socket(self, path: str) -> None:
         """Listen on a UNIX socket at this path. May be given again."""
         self["socket"].append(path)
+
+    def opt_allow(self, network: str) -> None:
+        """
+        Let in only clients of this network, such as 10.0.0.0/8. May be given again.
+        """
+        self["allow"].append(_network("allow", network))
+
+    def opt_deny(self, network: str) -> None:
+        """Let in no clients of this network. May be given again."""
+        self["deny"].append(_network("deny", network))
 
     def opt_version(self) -> None:
         """Print the version of tcpsvc, and exit."""
@@ -237,6 +252,14 @@ class Options(usage.Options):
             _place(description, self["backlog"]) for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
+
+
+def _network(option: str, text: str) -> str:
+    try:
+        networks(option, [text])
+    except ValueError as error:
+        raise usage.UsageError(f"--{error}") from error
+    return text
 
 
 def _place(description: str, backlog: int | None) -> WhereToListen[Any, Any]:
@@ -331,6 +354,7 @@ def _service(options: Options) -> TcpService:
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
+        **tap_limits.limits_of(options),
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]

@@ -14,8 +14,6 @@ from typing import Any
 from twisted.python import usage
 
 from tcpsvc.options import (
-    NO_NETWORKS,
-    Settings,
     at_least_one,
     check_prefixes,
     limits,
@@ -213,18 +211,3 @@ def limits_of(options: Any) -> dict[str, Any]:
     found["allow"] = options["allow"] or None
     found["deny"] = options["deny"]
     return found
-
-
-def summary(settings: Settings) -> str:
-    """The limits in a line, for the log."""
-    told = [f"max_connections={settings.max_connections}"]
-    for name in (*LIMITS, "overflow"):
-        value = getattr(settings, name)
-        if name == "max_connections" or value is None or value == NO_NETWORKS:
-            continue
-        unit = " s" if name.endswith("timeout") or name == "lifetime" else ""
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        told.append(f"{name}={text}{unit}")
-    if settings.dry_run:
-        told.append(f"dry run of {', '.join(sorted(settings.dry_run))}")
-    return ", ".join(told)
