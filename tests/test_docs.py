@@ -61,6 +61,7 @@ if shutil.which("systemd-socket-activate") is None:
 TYPED = {
     "Ada", "Grace", "hello", "stop", "still here",
     "6 3", "1 0", "8 4", "9 3", "nonsense", "hold", "refuse", "resume",
+    "I am Ada", "who", "close",
 }  # fmt: skip
 
 _BLOCK = re.compile(
