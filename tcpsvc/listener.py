@@ -110,12 +110,12 @@ class Listener(Generic[AddressT, ListeningOnT]):
 
         :returns: whether it did not before, and does now.
         """
-        if self._gate is None or self._gate.is_accepting:
-            if self._gate is not None:
-                self._gate.update()
+        gate = self._gate
+        if gate is None:
             return False
-        self._gate.update()
-        return self._gate.is_accepting
+        was_accepting = gate.is_accepting
+        gate.update()
+        return not was_accepting and gate.is_accepting
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again (spec A6)."""

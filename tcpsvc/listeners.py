@@ -96,11 +96,14 @@ class Listeners:
         the listener that was first this time is last the next, and none starves
         beside a busy one.
         """
+        if len(self._order) == 1:
+            self._order[0].update()  # Once a connection: nothing more.
+            return
         first: Listener[Any, Any] | None = None
         for listener in self._order:
             if listener.update() and first is None:
                 first = listener
-        if first is not None and len(self._order) > 1:
+        if first is not None:
             self._order.remove(first)
             self._order.append(first)
 
