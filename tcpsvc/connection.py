@@ -274,8 +274,12 @@ class Connection(Generic[AddressT]):
     def end(self, reason: Reason) -> None:
         """A limit is exceeded: close it, and cancel its handler."""
         _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
+        self.ends_because(reason)  # Also of one whose socket is closed already.
+        if self._handler_state == "waiting":
+            self._handler_state = "refused"  # It has none that could be cancelled.
         self.close(reason)
         self.cancel_handler()
+        self._release_if_over()
 
     def uncount(self) -> None:
         """
@@ -454,6 +458,11 @@ class Connection(Generic[AddressT]):
         return False
 
     # What is known of it.
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the handler has not started, and still may."""
+        return self._handler_state == "waiting"
 
     @property
     def is_running(self) -> bool:
