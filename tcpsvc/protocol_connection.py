@@ -105,6 +105,8 @@ class _Below:
     def lost(self, protocol: Any, reason: Failure) -> None:
         """Nothing is left to watch."""
         self._base.watcher = None
+        if reason.check(ConnectionAborted):  # TLS has another name for it.
+            self._connection.ends_because(Reason.ABORTED)
         protocol.connectionLost(reason)
 
     def failed(self, failure: Failure) -> bool:
@@ -261,10 +263,9 @@ class ProtocolConnection(Connection[AddressT]):
 
     def _note_end(self, reason: Failure) -> None:
         """Why it ends, where nothing has said so before."""
-        base = kernel.base_transport(self.transport)
         if reason.check(ConnectionAborted):
             self.ends_because(Reason.ABORTED)
-        elif self._peer_eof or getattr(base, "has_eof", False):
+        elif self._peer_eof or (tells(self.transport) and self.transport.has_eof):
             self.ends_because(Reason.EOF)
         elif getattr(self.transport, "disconnecting", False):
             self.ends_because(Reason.FINISHED)

@@ -4,8 +4,11 @@ The connection of ``create_sock``: the handler has the socket itself.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
+
+from twisted.python.failure import Failure
 
 from tcpsvc.connection import AddressT, Connection, Owner
 from tcpsvc.kernel import (
@@ -45,6 +48,14 @@ class SockConnection(Connection[AddressT]):
             self.refuse()
             return
         self._start(self._handler, self.peer, self._socket)
+
+    def _is_ordinary_end(self, failure: Failure) -> bool:
+        # The socket was closed under it.
+        return super()._is_ordinary_end(failure) or (
+            self._closed_by_server
+            and isinstance(failure.value, OSError)
+            and failure.value.errno == errno.EBADF
+        )
 
     def hold(self) -> None:
         """There is no slot yet: it waits as it is."""

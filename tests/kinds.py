@@ -6,6 +6,7 @@ hold of all.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +116,9 @@ class MemoryEnd:
     def shut(self) -> None:
         self._client.send_eof()
 
+    def stop_reading(self) -> None:
+        self._client.stop_reading()
+
     close = shut
 
     def reset(self) -> None:
@@ -134,7 +138,8 @@ class TLSEnd(Client):
 
     def shut(self) -> None:
         """There is no half of a TLS connection."""
-        self.socket.close()
+        with contextlib.suppress(OSError):
+            self.socket.unwrap()  # type: ignore[attr-defined]
 
 
 class Scene:

@@ -16,7 +16,6 @@ from zope.interface import implementer
 from tcpsvc import Observer, Reason
 from tcpsvc.testing import MemoryServer
 from tests.kinds import Handlers, everywhere
-from tests.kinds import scene as scene
 from tests.support import in_thread, turn, until
 
 #: More than the kernel takes of a client that does not read.
