@@ -26,7 +26,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import alsoProvides
+from zope.interface import alsoProvides, noLongerProvides
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
@@ -209,12 +209,16 @@ class ServerFactory(protocol.ServerFactory):
         settings = check_options(Options, on_handler_error, dict(options))
         check_protocol_factory(factory)
         made = cls(ProtocolConnection, factory, settings, **_not_settings(options))
-        if IProtocolNegotiationFactory.providedBy(factory):
-            # TLS asks the factory that it wraps which protocols it speaks (ALPN).
-            negotiating: Any = factory
-            made.acceptableProtocols = negotiating.acceptableProtocols  # type: ignore[attr-defined]
-            alsoProvides(made, IProtocolNegotiationFactory)
+        made._negotiate_as(factory)
         return made
+
+    def _negotiate_as(self, factory: Any) -> None:
+        """TLS asks the factory that it wraps which protocols it speaks (ALPN)."""
+        if IProtocolNegotiationFactory.providedBy(factory):
+            self.acceptableProtocols = factory.acceptableProtocols
+            alsoProvides(self, IProtocolNegotiationFactory)
+        elif IProtocolNegotiationFactory.providedBy(self):
+            noLongerProvides(self, IProtocolNegotiationFactory)
 
     @classmethod
     def of_socks(
@@ -293,8 +297,10 @@ class ServerFactory(protocol.ServerFactory):
             # Twisted tells a factory how many ports it has.
             for _ in range(self.numPorts):
                 handler.doStart()
+            before, self.handler = self.handler, handler
+            self._negotiate_as(handler)
             for _ in range(self.numPorts):
-                self.handler.doStop()
+                before.doStop()
         self.handler = handler
 
     def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
@@ -577,6 +583,13 @@ class ServerFactory(protocol.ServerFactory):
             self.connected(connection)
             return
         self._admit(connection)
+        self._add(connection)
+
+    def _add(self, connection: Any) -> None:
+        """It has a slot: start it, unless whoever waited for that has closed this."""
+        if self.is_closed:
+            connection.refuse()
+            return
         self._accepted(connection)
         self._start_soon(connection)
 
@@ -708,8 +721,7 @@ class ServerFactory(protocol.ServerFactory):
                 self._held.popleft()
                 connection.admitted()
                 self._admit(connection)
-                self._accepted(connection)
-                self._start_soon(connection)
+                self._add(connection)
         self._on_place()
 
     def hold_starts(self) -> None:
@@ -820,27 +832,24 @@ class ServerFactory(protocol.ServerFactory):
         return self._sweeper.sweeps_all
 
     def _limit_as_set(self) -> None:
-        timeout = self._timeouts.shortest
-        evicts = self.settings.overflow == "evict"
-        if timeout is None and evicts:
-            timeout = RANKING_LASTS * 4
-        self._sweeper.sweep_all(timeout)
-        if timeout is not None or self._admission.counts:
+        interval = self._timeouts.interval
+        if interval is None and self.settings.overflow == "evict":
+            interval = RANKING_LASTS
+        self._sweeper.sweep_all(interval)
+        if interval is not None or self._admission.counts:
             self._is_limited = True
 
     def _look_at_timeouts(self, connection: Any, now: float) -> None:
-        if not connection.is_running:
+        if not connection.is_running or connection.is_ended:
             return
-        reason = self._timeouts.overdue(connection, now)
-        if reason is None:
-            return
-        if not self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+        for reason in self._timeouts.overdue(connection, now):
+            if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+                connection.end(reason)
+                return
             told = self._told.setdefault(connection.id, set())
             if reason not in told:
                 told.add(reason)
                 self._in_dry_run(connection.peer, reason)
-            return
-        connection.end(reason)
 
     # For the gate and the connections.
 
