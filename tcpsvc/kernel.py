@@ -142,6 +142,11 @@ def rest_of_input(connected: socket.socket) -> Iterator[bytes]:
         yield data
 
 
+def has_input(connected: socket.socket) -> bool:
+    """Whether bytes have come that are not read yet."""
+    return bool(_queued(connected, _SIOCINQ))
+
+
 def nothing_pending(connected: socket.socket) -> bool:
     """
     Whether no input is unread and no output is on its way: then ``close`` sends

@@ -11,8 +11,10 @@ from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
+from twisted.python.failure import Failure
 
-from tcpsvc.drain import GRACE, REPORT_INTERVAL, Drain
+from tcpsvc.drain import REPORT_INTERVAL
+from tcpsvc.drain_options import GRACE
 from tests.support import Logs, in_thread, turn, until
 
 
@@ -24,7 +26,7 @@ class Fired:
         deferred.addBoth(self.results.append)
 
     def __bool__(self) -> bool:
-        return self.results == [None]
+        return len(self.results) == 1 and not isinstance(self.results[0], Failure)
 
 
 async def until_over(fired: Any, clock: Clock) -> None:
@@ -72,16 +74,15 @@ async def test_with_no_connection_it_is_over_when_the_port_is_closed(
 ) -> None:
     """No line, no timer, no wait."""
     server = await serve(reads, clock=clock)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=30.0))
     assert server.is_closed
     assert not over
     await until_over(over, clock)
     assert remaining(logs) == []
-    drain.force()
-    drain.force()
+    server.force_drain()
+    server.force_drain()
     assert not [t for t in logs.texts() if "closing" in t]
-    assert Fired(drain.when_done())
+    assert Fired(server.drain())
 
 
 @ensureDeferred
@@ -92,7 +93,7 @@ async def test_a_closed_server_that_has_ended_is_drained_at_once(
     server = await serve(reads, clock=clock)
     server.close()
     await server.close_finished_and_handlers_determined()
-    assert Fired(Drain(server, 30.0).when_done())
+    assert Fired(server.drain(timeout=30.0))
     assert clock.getDelayedCalls() == []
 
 
@@ -102,7 +103,7 @@ async def test_once_a_second_a_line_says_how_many_remain(
 ) -> None:
     """Exactly once, at once and then each second; nobody is closed by it."""
     server, clients = await serving(serve, connect, reads, clock, 3)
-    over = Fired(Drain(server, 30.0).when_done())
+    over = Fired(server.drain(timeout=30.0))
     assert remaining(logs) == [3]
     clock.advance(REPORT_INTERVAL / 2)
     assert remaining(logs) == [3]
@@ -136,7 +137,7 @@ async def test_a_handler_finishes_what_it_does(
         writer.write(b"x" * 1_000_000)
 
     server, (client,) = await serving(serve, connect, answers, clock, 1)
-    over = Fired(Drain(server, 30.0).when_done())
+    over = Fired(server.drain(timeout=30.0))
     clock.advance(29.0)
     go.callback(None)
     assert await in_thread(client.read_all) == b"x" * 1_000_000
@@ -150,7 +151,7 @@ async def test_when_the_time_is_up_what_is_left_is_closed(
 ) -> None:
     """On the dot, also when the timeout is no whole number of seconds."""
     server, clients = await serving(serve, connect, reads, clock, 2)
-    over = Fired(Drain(server, 2.5).when_done())
+    over = Fired(server.drain(timeout=2.5))
     clock.advance(1.0)
     clock.advance(1.0)
     clock.advance(0.499)
@@ -171,7 +172,7 @@ async def test_a_timeout_of_nothing_closes_at_once(
 ) -> None:
     """--drain-timeout 0."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    over = Fired(Drain(server, 0).when_done())
+    over = Fired(server.drain(timeout=0))
     assert not over
     assert await in_thread(client.read_all) == b""
     await until_over(over, clock)
@@ -184,7 +185,7 @@ async def test_without_a_timeout_it_waits_for_ever(
 ) -> None:
     """``drain_timeout=None``."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    over = Fired(Drain(server, None).when_done())
+    over = Fired(server.drain(timeout=None))
     clock.pump([REPORT_INTERVAL] * 1000)
     assert remaining(logs) == [1] * 1001
     assert "of any" in [t for t in logs.texts() if "draining" in t][-1]
@@ -214,7 +215,7 @@ async def test_a_handler_that_outlives_its_connection_is_cancelled(
     connect(server)
     await until(lambda: server.num_connections == 1)
     await turn()
-    over = Fired(Drain(server, 1.0).when_done())
+    over = Fired(server.drain(timeout=1.0))
     clock.advance(1.0)
     clock.advance(GRACE - 0.001)
     assert ended == []
@@ -243,7 +244,7 @@ async def test_a_handler_that_does_not_end_is_given_up(
 
     waiters: list[Deferred[None]] = []
     server, _ = await serving(serve, connect, stubborn, clock, 2)
-    over = Fired(Drain(server, 0.0).when_done())
+    over = Fired(server.drain(timeout=0.0))
     clock.advance(GRACE)
     assert len(cancels) == 2
     clock.advance(GRACE - 0.001)
@@ -265,11 +266,10 @@ async def test_force_closes_and_cancels_at_once(
 ) -> None:
     """The second signal: no grace before the cancellation; twice is once."""
     server, clients = await serving(serve, connect, deaf, clock, 2)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=30.0))
     clock.advance(1.0)
-    drain.force()
-    drain.force()
+    server.force_drain()
+    server.force_drain()
     clock.advance(0)
     for client in clients:
         assert await in_thread(client.read_all) == b""
@@ -283,11 +283,10 @@ async def test_force_ends_the_grace_of_a_timeout(
 ) -> None:
     """After the time was up, a signal still cancels at once."""
     server, _ = await serving(serve, connect, deaf, clock, 1)
-    drain = Drain(server, 1.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=1.0))
     clock.advance(1.0)
     assert not over
-    drain.force()
+    server.force_drain()
     clock.advance(0)
     await until_over(over, clock)
     assert len([t for t in logs.texts() if "closing 1 connections" in t]) == 1
@@ -308,12 +307,11 @@ async def test_force_does_not_put_off_the_giving_up(
                 pass
 
     server, _ = await serving(serve, connect, stubborn, clock, 1)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
-    drain.force()
+    over = Fired(server.drain(timeout=30.0))
+    server.force_drain()
     clock.advance(0)
     clock.advance(GRACE / 2)
-    drain.force()
+    server.force_drain()
     clock.advance(GRACE / 2)
     await until_over(over, clock)
     logs.take(LogLevel.error)
@@ -328,12 +326,11 @@ async def test_each_who_waits_has_a_deferred_of_their_own(
 ) -> None:
     """Cancelling one, or its callbacks, change nothing for the next."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    drain = Drain(server, 30.0)
-    first, second, third = (drain.when_done() for _ in range(3))
+    first, second, third = (server.drain(timeout=30.0) for _ in range(3))
     first.addErrback(lambda _: None)
     first.cancel()
     second.addCallback(lambda _: "changed")
     over = Fired(third)
     client.close()
     await until_over(over, clock)
-    assert Fired(drain.when_done())
+    assert Fired(server.drain())
