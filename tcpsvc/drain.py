@@ -24,25 +24,17 @@ from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from tcpsvc._waiters import Event
-from tcpsvc.cancelling import peers_text
 from tcpsvc.connection import Connection
+from tcpsvc.drain_lines import NEAR, Lines
 from tcpsvc.drain_options import Durations
 from tcpsvc.drain_report import DrainReport, Tally
 from tcpsvc.factory import ServerFactory
 from tcpsvc.reasons import Reason
-from tcpsvc.where import address_text
-
-#: How often it says what remains, in seconds.
-REPORT_INTERVAL = 1.0
 
 #: How often at most it closes some of what is left while it spreads that, in seconds.
 SPREAD_INTERVAL = 0.02
-
-#: A deadline has passed when it is so near, in seconds: sums of floats are not exact.
-NEAR = 1e-6
 
 
 class Drained(Protocol):
@@ -94,8 +86,6 @@ class Drain:
     :param durations: how long each phase lasts.
     """
 
-    _log = Logger(namespace="tcpsvc")
-
     def __init__(
         self, server: Drained, factory: ServerFactory, durations: Durations
     ) -> None:
@@ -106,14 +96,16 @@ class Drain:
         self._phase = Phase.NEW
         self._is_forced = False
         self._began_at = self._now()
-        #: Since when it accepts nobody.
-        self._since = self._began_at
         #: When the phase is over.
         self._ends_at = math.inf
         #: When some were closed last, while it spreads that.
         self._spread_at = 0.0
         self._timer: IDelayedCall | None = None
-        self._line_timer: IDelayedCall | None = None
+        # What was on its way to a reader then may have been no whole message after
+        # all, and a handler may have asked for EOF since.
+        self._lines = Lines(
+            server.listening_on_address, factory, each_second=factory.tell_of_drain
+        )
         self._tally = Tally(self._clock)
         self._report = DrainReport()
         self._when_over = Event()
@@ -132,11 +124,7 @@ class Drain:
             self._stop_accepting()
             return
         self._phase = Phase.ANNOUNCING
-        self._log.info(
-            "{address}: about to drain, accepting for another {announce:g} s",
-            address=self._address,
-            announce=self._durations.announce,
-        )
+        self._lines.announcing(self._durations.announce)
         # Somebody else's close, or a handler's error, ends the announcement.
         self._server.close_finished().addCallback(self._port_closed)
         self._wait(self._durations.announce)
@@ -179,6 +167,7 @@ class Drain:
         if self._phase is not Phase.OVER:
             self._spread_at = self._now()
             self._ends_at = self._spread_at + seconds
+            self._lines.until = self._ends_at
             self._wait_on()
 
     def _wait_on(self) -> None:
@@ -227,7 +216,6 @@ class Drain:
     def _stop_accepting(self) -> None:
         self._phase = Phase.FINISHING
         self._ends_at = math.inf
-        self._since = self._now()
         self._tally = Tally(self._clock)
         self._factory.add_observer(self._tally)
         self._server.close()
@@ -236,23 +224,14 @@ class Drain:
         if self._phase is Phase.FINISHING:
             self._factory.tell_of_drain()
         if self._phase is Phase.FINISHING:
+            self._lines.begin(self._durations.timeout)
             self._wait(self._durations.timeout)
-        if self._phase is Phase.FINISHING:
-            self._say_what_remains()
 
     def _begin_to_close(self) -> None:
         self._phase = Phase.SPREADING
         spread = self._durations.spread if self._open() else 0.0
-        if self._remaining():
-            self._log.warn(
-                "{address}: closing {remaining} that remain{over}",
-                address=self._address,
-                remaining=self._remaining(),
-                over=f", over {spread:g} s" if spread else "",
-            )
+        self._lines.closing(spread)
         self._wait(spread)
-        if self._phase is Phase.SPREADING and self._line_timer is None:
-            self._await_next_line()
 
     def _close_some(self) -> None:
         """As many as are due, so that the last is closed when the phase is over."""
@@ -267,7 +246,7 @@ class Drain:
 
     def _close(self) -> None:
         self._phase = Phase.CLOSING
-        self._stop_line_timer()
+        self._lines.end()
         for connection in self._open():
             self._close_one(connection)
         if self._phase is Phase.CLOSING:
@@ -298,80 +277,23 @@ class Drain:
     def _give_up(self) -> None:
         self._ends_at = math.inf
         self._abort()
-        if self._phase is Phase.OVER or not self._remaining():
-            return  # It waits for nothing but the listening socket.
-        self._log.error(
-            "{address}: {remaining} do not end, not even when cancelled; "
-            "not waiting for them: {peers}",
-            address=self._address,
-            remaining=self._remaining("handlers"),
-            peers=peers_text(self._factory.connections),
-        )
-        self._finish()
+        # Else it waits for nothing but the listening socket.
+        if self._phase is not Phase.OVER and self._lines.remaining():
+            self._lines.given_up()
+            self._finish()
 
     def _finish(self) -> None:
         if self._phase is Phase.OVER:
             return
         self._phase = Phase.OVER
         self._stop_timer()
-        self._stop_line_timer()
+        self._lines.end()
         self._factory.remove_observer(self._tally)
         self._report = self._tally.report(self._factory.connections)
-        self._log.info(
-            "{address}: drained in {seconds:.1f} s: {report}",
-            address=self._address,
-            seconds=self._now() - self._began_at,
-            report=self._report,
-        )
+        self._lines.drained(self._now() - self._began_at, self._report)
         self._factory.events.server_drained(self._report)
         self._when_over.happen()
-
-    # What remains.
 
     def _open(self) -> list[Connection[Any]]:
         """Those whose sockets are open."""
         return [c for c in self._factory.connections if not c.is_socket_closed]
-
-    def _say_what_remains(self) -> None:
-        """Unless the phase is over this very moment; and again in a second."""
-        self._await_next_line()
-        if self._remaining() and self._ends_at - self._now() > NEAR:
-            limit = self._ends_at - self._since
-            self._log.info(
-                "{address}: draining, {remaining} remain, "
-                "waited {waited:.0f} s of {limit}",
-                address=self._address,
-                remaining=self._remaining(),
-                waited=self._now() - self._since,
-                limit="any" if limit == math.inf else f"{limit:g} s",
-            )
-
-    def _await_next_line(self) -> None:
-        self._line_timer = self._clock.callLater(REPORT_INTERVAL, self._next_line)
-
-    def _next_line(self) -> None:
-        self._line_timer = None
-        # What was on its way to a reader may have been no whole message after all,
-        # and reading for EOF may have been asked for since.
-        self._factory.tell_of_drain()
-        if self._phase in (Phase.FINISHING, Phase.SPREADING):
-            self._say_what_remains()
-
-    def _stop_line_timer(self) -> None:
-        if self._line_timer is not None:
-            self._line_timer.cancel()
-            self._line_timer = None
-
-    def _remaining(self, what: str = "connections") -> str:
-        """What is waited for, for a line of the log; nothing when nothing is."""
-        remaining = []
-        count = len(self._factory.connections)
-        if count:
-            remaining.append(f"{count} {what}")
-        if self._factory.is_reporting_errors:
-            remaining.append("calls of on_handler_error")
-        return " and ".join(remaining)
-
-    @property
-    def _address(self) -> str:
-        return address_text(self._server.listening_on_address)

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 
-from tcpsvc.drain import REPORT_INTERVAL
+from tcpsvc.drain_lines import REPORT_INTERVAL
 from tcpsvc.drain_options import GRACE
 from tests.support import Logs, in_thread, turn, until
 
