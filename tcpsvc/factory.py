@@ -693,6 +693,10 @@ class ServerFactory(protocol.ServerFactory):
             connection.close()
         return all_of(closed)
 
+    def start_accepted(self) -> None:
+        """Start what was accepted and waits for its turn, which a close would end."""
+        self._starts.start_now()
+
     def tell_of_drain(self) -> None:
         """
         Tell every handler that the server drains: readers that wait at a boundary

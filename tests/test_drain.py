@@ -21,7 +21,7 @@ from tcpsvc import DrainReport, Observer, Reason
 from tcpsvc.drain_lines import REPORT_INTERVAL
 from tcpsvc.drain_options import GRACE
 from tcpsvc.stream_connection import StreamConnection
-from tests.support import Logs, in_thread, turn, until
+from tests.support import Logs, in_thread, the_reactor, turn, until
 
 
 class Fired:
@@ -1033,6 +1033,28 @@ async def test_observers_are_told_of_the_beginning_and_the_end(
     server.force_drain()
     assert len(log) == 4
     assert len(server._factory._observers) == 1
+
+
+@ensureDeferred
+async def test_who_was_just_accepted_is_served(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """H5 is for those who were to start after the close: these start before it."""
+
+    class Hasty(Observer):
+        def connection_accepted(self, connection: Any) -> None:
+            the_reactor().callLater(0, server.drain)
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        writer.write(b"open" if not server.is_closed else b"closed")
+
+    server = await serve(handler, clock=clock, observer=Hasty())
+    client = connect(server)
+    assert await in_thread(client.read_all) == b"open"
+    client.close()
+    over = Fired(server.drain())
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
 
 
 @ensureDeferred
