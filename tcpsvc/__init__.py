@@ -9,6 +9,7 @@ from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import log_error
 from tcpsvc.interfaces import IConnection, IObserver, IReader, IServer, IWriter
+from tcpsvc.listener import Listener
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.overflow import Reply
 from tcpsvc.rate import Rate
@@ -44,6 +45,7 @@ __all__ = [
     "IWriter",
     "InetAddress",
     "InetServer",
+    "Listener",
     "Observer",
     "Options",
     "Rate",

@@ -22,6 +22,7 @@ class Admission:
 
     :param settings: what they are.
     :ivar asks: whether there is any: if not, nobody need be asked about.
+    :ivar counts: whether those who are let in need be counted.
     :ivar counts_peers: whether any is per peer.
     """
 
@@ -52,6 +53,7 @@ class Admission:
             self._bucket = None
         elif self._bucket is None or self._bucket.rate != settings.accept_rate:
             self._bucket = TokenBucket(settings.accept_rate)
+        self.counts = self.counts_peers or self._bucket is not None
 
     def refusal(
         self, host: str | None, now: float, in_dry_run: Callable[[Reason], object]

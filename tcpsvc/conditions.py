@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred, fail, succeed
 
+from tcpsvc.slots import Slots
+
 Condition = Callable[[int], object]
 
 
@@ -35,10 +37,10 @@ class Conditions:
     def _forget(self, waiter: Deferred[None]) -> None:
         self._waiting.pop(waiter, None)
 
-    def look(self, count: int) -> None:
+    def look(self, slots: Slots) -> None:
         """The number has changed, or may have."""
         if self._waiting:
-            self._tell(count)
+            self._tell(slots.taken)
 
     def _tell(self, count: int) -> None:
         for waiter, condition in list(self._waiting.items()):

@@ -211,6 +211,10 @@ class Connection(Generic[AddressT]):
 
     # Transitions.
 
+    def admitted(self) -> None:
+        """It was held, and has a slot now: it begins anew."""
+        self._accepted_at = self._active_at = self._factory.clock.seconds()
+
     def _start(self, handler: Callable[..., object], *args: object) -> None:
         """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
         self.starts()
@@ -395,8 +399,8 @@ class Connection(Generic[AddressT]):
 
     def _note_bytes(self) -> None:
         """
-        Note how old it is and what it has moved: at its release, and before, when
-        the socket is about to be closed that is to be asked.
+        Note how old it is and what it has moved, for observers: at its release, and
+        before, when the socket is about to be closed that is to be asked.
         """
         before = self._at_end
         self._at_end = (
@@ -411,7 +415,8 @@ class Connection(Generic[AddressT]):
             and self._handler_state not in ("waiting", "running")
         ):
             self._is_released = True
-            self._note_bytes()
+            if self._factory.is_observed:
+                self._note_bytes()
             self._factory.over(self)
             self._let_go()
             error = None if self._error_reported else self._error
@@ -524,12 +529,17 @@ class Connection(Generic[AddressT]):
     @property
     def bytes_in(self) -> int | None:
         """Bytes received."""
-        return (self._at_end[1] if self._at_end is not None else self._bytes())[0]
+        return self._known_bytes()[0]
 
     @property
     def bytes_out(self) -> int | None:
         """Bytes that the kernel has taken."""
-        return (self._at_end[1] if self._at_end is not None else self._bytes())[1]
+        return self._known_bytes()[1]
+
+    def _known_bytes(self) -> Bytes:
+        if self._at_end is not None:
+            return self._at_end[1]
+        return (None, None) if self._is_released else self._bytes()
 
     def look(self, now: float) -> float:
         """

@@ -80,5 +80,6 @@ class Counters(Observer):
 
 
 def _count(counts: dict[str, int], reason: Reason) -> None:
-    key = reason.value
+    # As its value is: to look that up costs more than to count.
+    key = reason._value_
     counts[key] = counts.get(key, 0) + 1

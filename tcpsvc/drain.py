@@ -18,6 +18,7 @@ It is over at once, in whichever phase, when nothing is live any more.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from tcpsvc.drain_options import Durations
 from tcpsvc.drain_report import DrainReport, Tally
 from tcpsvc.factory import ServerFactory
 from tcpsvc.reasons import Reason
+from tcpsvc.where import addresses_text
 
 #: How often at most it closes some of what is left while it spreads that, in seconds.
 SPREAD_INTERVAL = 0.02
@@ -41,7 +43,7 @@ class Drained(Protocol):
     """What is asked of a server."""
 
     @property
-    def listening_on_address(self) -> Any: ...
+    def listeners(self) -> Iterable[Any]: ...
 
     @property
     def is_closed(self) -> bool: ...
@@ -104,7 +106,9 @@ class Drain:
         # What was on its way to a reader then may have been no whole message after
         # all, and a handler may have asked for EOF since.
         self._lines = Lines(
-            server.listening_on_address, factory, each_second=factory.tell_of_drain
+            addresses_text(listener.address for listener in server.listeners),
+            factory,
+            each_second=factory.tell_of_drain,
         )
         self._tally = Tally(self._clock)
         self._report = DrainReport()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
@@ -15,7 +14,6 @@ from twisted.logger import Logger
 from tcpsvc.cancelling import peers_text
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
-from tcpsvc.where import address_text
 
 #: How often it says what remains, in seconds.
 REPORT_INTERVAL = 1.0
@@ -30,15 +28,15 @@ class Lines:
     """
     The lines of one drain.
 
-    :param address: where the server listens.
+    :param addresses: where the server listens.
     :param factory: the server's: what is live.
     :param each_second: called after each line of a second.
     """
 
     def __init__(
-        self, address: Any, factory: ServerFactory, each_second: Callable[[], object]
+        self, addresses: str, factory: ServerFactory, each_second: Callable[[], object]
     ) -> None:
-        self._address = address_text(address)
+        self._addresses = addresses
         self._factory = factory
         self._clock = factory.clock
         self._each_second = each_second
@@ -61,7 +59,7 @@ class Lines:
         """It accepts for another while."""
         _log.info(
             "{address}: about to drain, accepting for another {seconds:g} s",
-            address=self._address,
+            address=self._addresses,
             seconds=seconds,
         )
 
@@ -83,7 +81,7 @@ class Lines:
             _log.info(
                 "{address}: draining, {remaining} remain, "
                 "waited {waited:.0f} s of {limit}",
-                address=self._address,
+                address=self._addresses,
                 remaining=self.remaining(),
                 waited=now - self._since,
                 limit="any" if limit == math.inf else f"{limit:g} s",
@@ -105,7 +103,7 @@ class Lines:
         if self.remaining():
             _log.warn(
                 "{address}: closing {remaining} that remain{over}",
-                address=self._address,
+                address=self._addresses,
                 remaining=self.remaining(),
                 over=f", over {spread:g} s" if spread else "",
             )
@@ -115,7 +113,7 @@ class Lines:
         _log.error(
             "{address}: {remaining} do not end, not even when cancelled; "
             "not waiting for them: {peers}",
-            address=self._address,
+            address=self._addresses,
             remaining=self.remaining("handlers"),
             peers=peers_text(self._factory.connections),
         )
@@ -124,7 +122,7 @@ class Lines:
         """It is over."""
         _log.info(
             "{address}: drained in {seconds:.1f} s: {report}",
-            address=self._address,
+            address=self._addresses,
             seconds=seconds,
             report=report,
         )

@@ -11,7 +11,7 @@ client may be accepted, :meth:`ServerFactory.refusal_of` whether it is sent away
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import address_text
+from tcpsvc.where import addresses_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,6 +116,8 @@ class ServerFactory(protocol.ServerFactory):
         self.is_closed = False
         #: Whether handlers were told that the server drains.
         self.is_draining = False
+        #: Whether a server's pause lets nobody in for now (spec Z1).
+        self.is_paused = False
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
         self._eviction = Eviction()
@@ -130,13 +132,15 @@ class ServerFactory(protocol.ServerFactory):
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
         self._sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
-        self._sweep_as_needed()
+        #: Whether there is, or ever was, a limit that remembers connections.
+        self._is_limited = False
+        self._limit_as_set()
         #: What a dry run has told of live connections, once each.
         self._told: dict[int, set[Reason]] = {}
         #: Accepted clients are to be this few until then, for accept_rate.
         self._rate_wait: IDelayedCall | None = None
-        #: Whether a gate asks before it accepts.
-        self.is_gated = False
+        #: Whether a gate has asked about the next client.
+        self._is_judged = False
         #: What the next client is told instead of being served.
         self._reply: Reply | None = None
         #: Accepted by a port that cannot be told to stop; none holds a slot.
@@ -152,7 +156,7 @@ class ServerFactory(protocol.ServerFactory):
         self._has_server = False
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._listening_on: Callable[[], object] = _nothing
+        self._addresses: Callable[[], Sequence[object]] = tuple
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -271,7 +275,7 @@ class ServerFactory(protocol.ServerFactory):
             for connection in self._live.values():
                 self._admission.enter(connection, host_of(connection.peer), now)
         self._timeouts.change(settings)
-        self._sweep_as_needed()
+        self._limit_as_set()
         if settings.accept_rate != before.accept_rate or settings.dry_run:
             self._stop_waiting_for_rate()
         self._place_found()
@@ -353,9 +357,17 @@ class ServerFactory(protocol.ServerFactory):
             self._refuse_held(Reason.DROPPED)
         self._on_place()
 
+    def set_paused(self, paused: bool) -> None:
+        """
+        Let nobody in for now, not even to drop them, or go on. A port that cannot
+        be gated accepts nevertheless: whom it accepts is held.
+        """
+        self.is_paused = paused
+        self._place_found()
+
     def has_place(self) -> bool:
         """Whether the next client may be accepted. The rule of the gate."""
-        if self.is_closed:
+        if self.is_closed or self.is_paused:
             return False
         if self.is_dropping:
             return True
@@ -378,6 +390,7 @@ class ServerFactory(protocol.ServerFactory):
 
         :param host: its IP address; ``None`` for a UNIX client.
         """
+        self._is_judged = True
         if self.is_dropping:
             return Reason.DROPPED, "drop"
         if self._admission.asks:
@@ -409,11 +422,12 @@ class ServerFactory(protocol.ServerFactory):
 
     def refused(self, address: Any, reason: Reason) -> None:
         """A client was sent away."""
+        self._is_judged = False
         self.events.connection_refused(address, reason)
         if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 reason=reason.value,
                 count=self.counters.refusals[reason.value],
             )
@@ -425,11 +439,14 @@ class ServerFactory(protocol.ServerFactory):
             self._log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 client=address,
                 reason=reason.value,
                 count=self.counters.would_refuse[reason.value],
             )
+
+    def _names(self) -> str:
+        return addresses_text(self._addresses()) or "a server"
 
     def _may_warn(self, of: Reason | str) -> bool:
         """Whether that was not said for a while (spec A3)."""
@@ -471,10 +488,11 @@ class ServerFactory(protocol.ServerFactory):
             )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
-        if not self.is_gated:
+        if not self._is_judged:
             refusal = self.refusal_of(host_of(addr))
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
+        self._is_judged = False
         connection: Any = self._kind(self, self._next_id(), addr, self.handler)
         if self._must_hold():
             connection.hold()
@@ -499,12 +517,13 @@ class ServerFactory(protocol.ServerFactory):
 
     def _must_hold(self) -> bool:
         """Whether an accepted client is to wait for a slot."""
-        if self._held or self._rate_wait is not None:
+        if self._held or self.is_paused or self._rate_wait is not None:
             return True
         return self.slots.is_full and ("max_connections" not in self.settings.dry_run)
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
+        self._is_judged = False
         connection: Any = self._kind(
             self, self._next_id(), address, self.handler, client
         )
@@ -541,6 +560,8 @@ class ServerFactory(protocol.ServerFactory):
         if connection is not None and connection.transport is None:
             connection.forget()
         self._held_unconnected.pop(self._last_id, None)
+        self._reply = None
+        self._is_judged = False
 
     def _next_id(self) -> int:
         self._last_id += 1
@@ -551,6 +572,14 @@ class ServerFactory(protocol.ServerFactory):
         may_exceed = "max_connections" in self.settings.dry_run
         self.slots.take(connection, may_exceed=may_exceed)
         self._sweeper.began()
+        if self._admission.counts:
+            self._count(connection)
+        if self.slots.is_full:
+            self._reached_limit()
+        self._conditions.look(self.slots)
+
+    def _count(self, connection: Connection[Any]) -> None:
+        """Count it for its peer, and for the rates."""
         now = self.clock.seconds()
         self._admission.enter(connection, host_of(connection.peer), now)
         wait = self._admission.wait(
@@ -558,9 +587,6 @@ class ServerFactory(protocol.ServerFactory):
         )
         if wait > 0 and self._rate_wait is None:
             self._rate_wait = self.clock.callLater(wait, self._rate_allows)
-        if self.slots.is_full:
-            self._reached_limit()
-        self._conditions.look(self.num_connections)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -571,7 +597,7 @@ class ServerFactory(protocol.ServerFactory):
         if self.settings.overflow == "hold" and self._may_warn("max_connections"):
             self._log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 limit=self.max_connections,
             )
 
@@ -587,7 +613,7 @@ class ServerFactory(protocol.ServerFactory):
     def uncount(self, connection: Connection[Any]) -> None:
         """It holds no slot any more: the next client may come in."""
         self.slots.uncount(connection)
-        self._conditions.look(self.num_connections)
+        self._conditions.look(self.slots)
         self._place_found()
 
     def holds_slot(self, connection: Connection[Any]) -> bool:
@@ -605,14 +631,15 @@ class ServerFactory(protocol.ServerFactory):
         error, then let the next client in (spec H4).
         """
         self.slots.free(connection)
-        self._admission.leave(connection)
-        self._eviction.forget(connection)
-        self._timeouts.forget(connection)
-        self._told.pop(connection.id, None)
         self._sweeper.forget(connection)
+        if self._is_limited:
+            self._admission.leave(connection)
+            self._eviction.forget(connection)
+            self._timeouts.forget(connection)
+            self._told.pop(connection.id, None)
         if error is not None:
             self.report(connection.peer, error)
-        self._conditions.look(self.num_connections)
+        self._conditions.look(self.slots)
         self._place_found()
         self._maybe_over()
 
@@ -620,10 +647,12 @@ class ServerFactory(protocol.ServerFactory):
         while (
             self._held
             and not self.is_closed
+            and not self.is_paused
             and self._rate_wait is None
             and not self.slots.is_full
         ):
             connection = self._held.popleft()
+            connection.admitted()
             self._admit(connection)
             self._accepted(connection)
             self._starts.add(connection)
@@ -741,11 +770,14 @@ class ServerFactory(protocol.ServerFactory):
         """Whether all that are live are looked at about once a second."""
         return self._sweeper.sweeps_all
 
-    def _sweep_as_needed(self) -> None:
+    def _limit_as_set(self) -> None:
         timeout = self._timeouts.shortest
-        if timeout is None and self.settings.overflow == "evict":
+        evicts = self.settings.overflow == "evict"
+        if timeout is None and evicts:
             timeout = RANKING_LASTS * 4
         self._sweeper.sweep_all(timeout)
+        if timeout is not None or self._admission.counts:
+            self._is_limited = True
 
     def _look_at_timeouts(self, connection: Any, now: float) -> None:
         if not connection.is_running:
@@ -768,14 +800,14 @@ class ServerFactory(protocol.ServerFactory):
         on_place: Callable[[], None],
         on_descriptor_closed: Callable[[], None],
         on_failure: Callable[[], None],
-        listening_on: Callable[[], object],
+        addresses: Callable[[], Sequence[object]],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
         self._has_server = True
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
-        self._listening_on = listening_on
+        self._addresses = addresses
 
     def set_socket_options(self, connected: Any) -> None:
         """What each connection's socket has (spec A7, A5)."""
@@ -786,13 +818,14 @@ class ServerFactory(protocol.ServerFactory):
             )
 
     def listening_on(self) -> Any:
-        """The listening address, if it is known."""
-        return self._listening_on()
+        """The listening address, where it is known and there is no other."""
+        addresses = self._addresses()
+        return addresses[0] if len(addresses) == 1 else None
 
     @property
     def is_listening_anywhere(self) -> bool:
         """Whether connections may have another own address than the listener's."""
-        return getattr(self._listening_on(), "host", "") in ("", "0.0.0.0", "::")
+        return getattr(self.listening_on(), "host", "") in ("", "0.0.0.0", "::")
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""

@@ -5,9 +5,9 @@ A :class:`Gate` stands in a port's ``doRead``. It asks the kernel for a client
 only while there is a place for one, so ``max_connections`` is exact: whoever is
 beyond it waits in the kernel's backlog.
 
-The rule, in one place: a client is accepted while the server is open and either
-drops (a dropped client needs no slot) or has a free slot. Everything that may
-change this calls :meth:`Gate.update`.
+The rule, in one place: a client is accepted while the server is open, is not
+paused, and either drops (a dropped client needs no slot) or has a free slot.
+Everything that may change this calls :meth:`Gate.update`.
 
 This file and :mod:`tcpsvc.port` are the only ones that know the inside of
 :class:`twisted.internet.tcp.Port` (Twisted 24.7 to 26.10: ``doRead``,
@@ -71,8 +71,6 @@ class Admits(Protocol):
     counters: Counters
     clock: Any
     is_dropping: bool
-    inherits_nodelay: bool
-    is_gated: bool
     takes_sockets: bool
 
     @property
@@ -129,8 +127,8 @@ class Gate:
         if type(port) is tcp.Port and port._preexistingSocket is None:
             # An endpoint has opened it for us alone.
             set_options(port.socket, nodelay=True, keepalive=False)
-        factory.is_gated = True
-        factory.inherits_nodelay = has_nodelay(port.socket)
+        #: Whether connections have TCP_NODELAY from the listening socket.
+        self.inherits_nodelay = has_nodelay(port.socket)
         #: Serves the connections; ``None`` where Twisted's own transports do.
         self._engine: Engine | None = None
         if isinstance(port.transport, type):
@@ -145,6 +143,11 @@ class Gate:
             port.serve_with(chosen)
         else:
             port.transport = chosen
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether it asks the kernel for clients now."""
+        return self._is_accepting
 
     def open(self) -> None:
         """

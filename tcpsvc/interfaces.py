@@ -90,17 +90,19 @@ class IWriter(Interface):
 class IServer(Interface):
     """A listening server: :class:`tcpsvc.Server`."""
 
-    listening_on = Attribute("The port, the path, or the address.")
-    listening_on_address = Attribute("The listening address.")
-    listening_socket = Attribute("The listening socket, while it is open.")
+    listeners = Attribute("Each place where it listens.")
+    listening_on = Attribute("The port, the path, or the address of the first.")
+    listening_on_address = Attribute("The first listening address.")
+    listening_socket = Attribute("The first listening socket, while it is open.")
     num_connections = Attribute("How many slots are taken.")
     max_connections = Attribute("How many slots there are.")
     is_closed = Attribute("Whether close was called.")
     is_draining = Attribute("Whether a drain has begun.")
+    is_paused = Attribute("'hold' or 'refuse' while paused, else None.")
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
 
     def close(*, close_existing_connections=False, cancel_handlers=False):  # type: ignore[no-untyped-def]
-        """Close the listening socket; a Deferred of one's own."""
+        """Close the listening sockets; a Deferred of one's own."""
 
     def drain(*, announce=0.0, timeout=30.0, spread=0.0, grace=1.0):  # type: ignore[no-untyped-def]
         """Close it, and see it to its end; a Deferred of a tcpsvc.DrainReport."""
@@ -109,13 +111,19 @@ class IServer(Interface):
         """Hurry that: close, cancel and reset what is left."""
 
     def close_finished():  # type: ignore[no-untyped-def]
-        """A Deferred: the listening socket is closed."""
+        """A Deferred: the listening sockets are closed."""
 
     def close_finished_and_handlers_determined():  # type: ignore[no-untyped-def]
         """A Deferred: closed, and no connection is live."""
 
     def failed():  # type: ignore[no-untyped-def]
         """A Deferred that fails with the error that closed the server."""
+
+    def pause(how):  # type: ignore[no-untyped-def]
+        """Accept nobody for a while; a Deferred of one's own."""
+
+    def resume():  # type: ignore[no-untyped-def]
+        """Accept again; a Deferred of one's own."""
 
     def set_drop_incoming_connections(drop):  # type: ignore[no-untyped-def]
         """Drop incoming clients, or stop dropping them."""
@@ -134,9 +142,9 @@ class IConnection(Interface):
     peer = Attribute("The client's address.")
     label = Attribute("What the handler calls it. To be set; default None.")
     reason = Attribute("Why it ends, a tcpsvc.Reason; None until something has.")
-    age = Attribute("Seconds since its accept, up to its end.")
-    bytes_in = Attribute("Bytes received; None where nobody knows.")
-    bytes_out = Attribute("Bytes sent; None where nobody knows.")
+    age = Attribute("Seconds since its accept; for observers up to its end.")
+    bytes_in = Attribute("Bytes received; None where nobody knows, or has observed.")
+    bytes_out = Attribute("Bytes that the kernel has taken; None as for bytes_in.")
     draining = Attribute("Whether the server drains.")
 
     def when_draining():  # type: ignore[no-untyped-def]

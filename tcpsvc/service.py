@@ -20,8 +20,9 @@ from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
+from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.server import Server
-from tcpsvc.where import WhereToListen, address_text
+from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +46,7 @@ class TcpService(Service):
     process goes on without it; ``service.server.failed()`` tells. Under
     ``twistd tcpsvc`` the process ends then.
 
-    :param where: where to listen.
+    :param where: where to listen; or a sequence of places, which are one server then.
     :param handler: a stream handler as for :meth:`tcpsvc.Server.create`; see
         :meth:`of_socks` and :meth:`of_protocols` for others.
     :param on_handler_error: as for :meth:`tcpsvc.Server.create`.
@@ -64,7 +65,7 @@ class TcpService(Service):
 
     def __init__(
         self,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         handler: Any,
         *,
         on_handler_error: OnHandlerError,
@@ -79,19 +80,22 @@ class TcpService(Service):
                 "socket= is for Server.create: a service that is started again "
                 "needs a new one each time; use WhereToListen.of_fd"
             )
-        if getattr(where, "own", False):
-            raise ValueError(
-                f"where={where!r} with own=True: a service may listen again after a "
-                "stop, when that descriptor is closed"
-            )
+        places = places_of(where)
+        for place in places:
+            if getattr(place, "own", False):
+                raise ValueError(
+                    f"where={place!r} with own=True: a service may listen again after "
+                    "a stop, when that descriptor is closed"
+                )
         self._drain_options: DrainOptions = {
             "announce": drain_announce,
             "timeout": drain_timeout,
             "spread": drain_spread,
         }
         check_drain_options(self._drain_options, "drain_")
-        #: Where it listens.
-        self.where = where
+        #: Where it listens: as it was given, a sequence as a tuple.
+        self.where = where if where is places[0] else places
+        self._places = places
         self._options = options
         self._make_factory = partial(
             make_factory, handler, on_handler_error=on_handler_error
@@ -107,7 +111,7 @@ class TcpService(Service):
     @classmethod
     def of_socks(
         cls,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         handler: Callable[..., object],
         *,
         on_handler_error: OnHandlerError,
@@ -133,7 +137,7 @@ class TcpService(Service):
     @classmethod
     def of_protocols(
         cls,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         factory: IProtocolFactory,
         *,
         on_handler_error: OnHandlerError,
@@ -219,10 +223,10 @@ class TcpService(Service):
     def _begin(self, _: None) -> None:
         if self.running and self.server is not None:
             self.server.begin()
-            self._log.info(
-                "listening on {address}",
-                address=address_text(self.server.listening_on_address),
-            )
+            for listener in self.server.listeners:
+                self._log.info(
+                    "listening on {address}", address=address_text(listener.address)
+                )
 
     def _bind_or_raise(self, *, logs: bool = True) -> Deferred[None]:
         failures: list[Failure] = []
@@ -234,7 +238,7 @@ class TcpService(Service):
                 # An endpoint took its time: nobody is left to raise it to.
                 self._log.critical(
                     "cannot listen on {where}: {error}",
-                    where=str(self.where),
+                    where=places_text(self._places),
                     error=failure.getErrorMessage(),
                 )
 
@@ -276,7 +280,17 @@ class TcpService(Service):
         state = "running" if self.running else "stopped"
         if self._drains:
             state += ", draining"
-        return f"<TcpService on {self.where} {state}>"
+        return f"<TcpService on {places_text(self._places)} {state}>"
+
+    def abandon(self) -> None:
+        """
+        Close the listening sockets at once, before they have ever served and without
+        a running reactor: for a daemon that fails to start.
+        """
+        if self.server is not None:
+            self.server.abandon()
+        elif self._listening is not None:
+            self._listening.cancel()  # Endpoints take their time; others are open.
 
     def force_stop(self) -> None:
         """While it drains: close what is left now."""

@@ -60,8 +60,10 @@ class Slots:
     def free(self, connection: Any) -> None:
         """A connection is over."""
         del self.live[connection.id]
-        self._uncounted.discard(connection.id)
-        self._lower()
+        if self._uncounted:
+            self._uncounted.discard(connection.id)
+        if self._allowed != self._limit:
+            self._lower()
 
     def holds(self, connection: Any) -> bool:
         """Whether a connection holds a slot."""

@@ -246,10 +246,11 @@ class StreamConnection(Connection[AddressT]):
         self._is_being_lost = True
         if (
             self._host is None
-            and self.is_running
+            and (self.is_running or self._factory.listening_on() is None)
             and self._factory.is_listening_anywhere
         ):
-            # The handler may still ask: 6 % of a short connection.
+            # The handler may still ask, or nobody else knows: 6 % of a short
+            # connection.
             self._host = self.transport.getHost()
         if (
             self._phase is _OPEN

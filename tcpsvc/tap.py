@@ -20,10 +20,12 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 import tcpsvc
+from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
 from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES
+from tcpsvc.options import ENGINES, networks
+from tcpsvc.places import places_text
 from tcpsvc.service import TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
@@ -90,7 +92,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time per listener; others wait. [default: by ulimit]",
+            "Connections at a time, over all listeners. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [
@@ -147,6 +149,7 @@ class Options(usage.Options):
             "auto",
             "What serves connections: auto (tcpsvc itself, if it can), or reactor.",
         ],
+        *tap_limits.PARAMETERS,
     ]
     optFlags = [  # noqa: RUF012
         ["drop-incoming", None, "Accept clients and close them at once."],
@@ -159,6 +162,7 @@ class Options(usage.Options):
             "socket": usage.CompleteFiles(),
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
             "engine": usage.CompleteList(list(ENGINES)),
+            **tap_limits.COMPLETIONS,
         }
     )
 
@@ -167,6 +171,8 @@ class Options(usage.Options):
         self["listen"] = []
         self["port"] = []
         self["socket"] = []
+        self["allow"] = []
+        self["deny"] = []
 
     def opt_listen(self, description: str) -> None:
         """
@@ -191,6 +197,16 @@ class Options(usage.Options):
     def opt_socket(self, path: str) -> None:
         """Listen on a UNIX socket at this path. May be given again."""
         self["socket"].append(path)
+
+    def opt_allow(self, network: str) -> None:
+        """
+        Let in only clients of this network, such as 10.0.0.0/8. May be given again.
+        """
+        self["allow"].append(_network("allow", network))
+
+    def opt_deny(self, network: str) -> None:
+        """Let in no clients of this network. May be given again."""
+        self["deny"].append(_network("deny", network))
 
     def opt_version(self) -> None:
         """Print the version of tcpsvc, and exit."""
@@ -240,7 +256,7 @@ class Options(usage.Options):
 
     def places(self) -> list[WhereToListen[Any, Any]]:
         """
-        Everywhere that is to be listened on.
+        Everywhere that is to be listened on, by one server.
 
         :raises ValueError: a path or a description is no good.
         """
@@ -254,6 +270,14 @@ class Options(usage.Options):
             _place(description, self["backlog"]) for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
+
+
+def _network(option: str, text: str) -> str:
+    try:
+        networks(option, [text])
+    except ValueError as error:
+        raise usage.UsageError(f"--{error}") from error
+    return text
 
 
 def _place(description: str, backlog: int | None) -> WhereToListen[Any, Any]:
@@ -306,12 +330,12 @@ def makeService(options: Options) -> Daemon:
     failures: list[Failure] = []
     where = ""
     try:
-        for service in _services(options):
-            service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
-            where = f"{service.where}: "
-            service.bind().addErrback(failures.append)
-            if failures:
-                failures[0].raiseException()
+        service = _service(options)
+        service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
+        where = f"{places_text(options.places())}: "
+        service.bind().addErrback(failures.append)
+        if failures:
+            failures[0].raiseException()
     except (ValueError, TypeError, CannotListenError) as error:
         refuse(error)
     except Exception as error:
@@ -320,7 +344,7 @@ def makeService(options: Options) -> Daemon:
     return daemon
 
 
-def _services(options: Options) -> list[TcpService]:
+def _service(options: Options) -> TcpService:
     make: Any = TcpService
     handler = options["function"]
     if options["kind"] == "sock-handler":
@@ -350,10 +374,12 @@ def _services(options: Options) -> list[TcpService]:
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
+        **tap_limits.limits_of(options),
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]
     if options["kind"] == "handler":
         common["buffer_age_limit"] = options["buffer-age-limit"]
         common["eof_on_drain"] = bool(options["eof-on-drain"])
-    return [make(where, handler, **common) for where in options.places()]
+    service: TcpService = make(options.places(), handler, **common)
+    return service

@@ -60,7 +60,8 @@ if shutil.which("systemd-socket-activate") is None:
 #: Which lines of the sessions with ``nc`` are typed.
 TYPED = {
     "Ada", "Grace", "hello", "stop", "still here",
-    "6 3", "1 0", "8 4", "9 3", "nonsense",
+    "6 3", "1 0", "8 4", "9 3", "nonsense", "hold", "refuse", "resume",
+    "I am Ada", "who", "close",
 }  # fmt: skip
 
 _BLOCK = re.compile(

@@ -21,7 +21,7 @@ from tcpsvc import DrainReport, Observer, Reason
 from tcpsvc.drain_lines import REPORT_INTERVAL
 from tcpsvc.drain_options import GRACE
 from tcpsvc.stream_connection import StreamConnection
-from tests.support import Logs, in_thread, the_reactor, turn, until
+from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
 
 
 class Fired:
@@ -452,6 +452,48 @@ async def test_dropping_goes_on_while_it_is_announced(
     served.close()
     await until_over(over, clock)
     assert over.results[0].connections == 1
+
+
+@pytest.mark.parametrize("how", ["hold", "refuse"])
+@ensureDeferred
+async def test_a_paused_server_is_drained_too(
+    serve: Any, connect: Any, clock: Clock, how: Any
+) -> None:
+    """It accepts nobody anyway; resumed in the announcement it does."""
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    await server.pause(how)
+    over = Fired(server.drain(announce=2.0, timeout=30.0))
+    clock.advance(1.0)
+    assert server.is_draining
+    assert not server.is_closed
+    await server.resume()
+    clients.append(connect(server))
+    await until(lambda: server.num_connections == 2)
+    await server.pause(how)
+    clock.advance(1.0)
+    assert server.is_closed
+    for client in clients:
+        client.close()
+    await until_over(over, clock)
+    assert over.results[0].connections == 2
+
+
+@ensureDeferred
+async def test_several_listeners_are_one_drain(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """With one report, and each of them in its lines."""
+    server = await serve(reads, where=[LOOPBACK, LOOPBACK], clock=clock)
+    addresses = [listener.address for listener in server.listeners]
+    clients = [connect(address) for address in addresses]
+    await until(lambda: server.num_connections == 2)
+    over = Fired(server.drain(timeout=30.0))
+    for client in clients:
+        client.close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=2)]
+    said = logs.texts()[-1]
+    assert all(f"127.0.0.1:{address.port}" in said for address in addresses)
 
 
 # What is asked for.
