@@ -285,8 +285,12 @@ class Connection(Generic[AddressT]):
     def end(self, reason: Reason) -> None:
         """A limit is exceeded: close it, and cancel its handler."""
         _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
+        self.ends_because(reason)  # Also of one whose socket is closed already.
+        if self._handler_state == "waiting":
+            self._handler_state = "refused"  # It has none that could be cancelled.
         self.close(reason)
         self.cancel_handler()
+        self._release_if_over()
 
     def uncount(self) -> None:
         """
@@ -503,6 +507,11 @@ class Connection(Generic[AddressT]):
     def is_cancellable(self) -> bool:
         """Whether its handler is a coroutine or Deferred that has not ended."""
         return self._running is not None
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the handler has not started, and still may."""
+        return self._handler_state == "waiting"
 
     @property
     def is_running(self) -> bool:

@@ -120,7 +120,7 @@ class ServerFactory(protocol.ServerFactory):
         self.is_paused = False
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
-        self._eviction = Eviction()
+        self._eviction = Eviction(self.slots)
         self._replies = Replies(self)
         self._timeouts = Timeouts(settings)
         self._conditions = Conditions()
@@ -146,6 +146,8 @@ class ServerFactory(protocol.ServerFactory):
         #: Accepted by a port that cannot be told to stop; none holds a slot.
         self._held: deque[Any] = deque()
         self._held_unconnected: dict[int, Any] = {}
+        #: Ids of those of them that came when accept_rate allowed none.
+        self._too_early: set[int] = set()
         self._starts = Starts(reactor)
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
@@ -268,16 +270,14 @@ class ServerFactory(protocol.ServerFactory):
         self.settings = settings
         self._failures.policy = settings.on_handler_error
         self.slots.limit = settings.max_connections
-        counted = self._admission.counts_peers
-        self._admission.change(settings)
-        if self._admission.counts_peers and not counted:
-            now = self.clock.seconds()
-            for connection in self._live.values():
-                self._admission.enter(connection, host_of(connection.peer), now)
+        present = [*self._live.values(), *self._held, *self._held_unconnected.values()]
+        self._admission.change(settings, present, self.clock.seconds())
         self._timeouts.change(settings)
         self._limit_as_set()
-        if settings.accept_rate != before.accept_rate or settings.dry_run:
-            self._stop_waiting_for_rate()
+        if settings.accept_rate != before.accept_rate or "accept_rate" in (
+            settings.dry_run ^ before.dry_run
+        ):
+            self._wait_for_rate()
         self._place_found()
 
     def set_handler(self, handler: Any) -> None:
@@ -381,14 +381,30 @@ class ServerFactory(protocol.ServerFactory):
         if "max_connections" in self.settings.dry_run:
             return True
         if overflow == "evict":
-            return self.slots.taken > self._eviction.under_way
+            under_way = self._eviction.under_way
+            return self.slots.taken > under_way or under_way > self._waiting_for_slots
         return overflow != "hold"
 
-    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None:
+    @property
+    def _is_full(self) -> bool:
+        """Whether whoever is accepted has to wait for a slot."""
+        return self.slots.is_full and "max_connections" not in self.settings.dry_run
+
+    @property
+    def _waiting_for_slots(self) -> int:
+        """How many that were accepted wait for nothing but a slot."""
+        held = len(self._held) + len(self._held_unconnected)
+        return held - len(self._too_early)
+
+    def refusal_of(
+        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
+    ) -> tuple[Reason, Refusal] | None:
         """
         Whether an accepted client is to be sent away, why and how.
 
         :param host: its IP address; ``None`` for a UNIX client.
+        :param address: its address, or what makes it:
+        :param address_of: called with that when somebody is to be told of it.
         """
         self._is_judged = True
         if self.is_dropping:
@@ -397,7 +413,7 @@ class ServerFactory(protocol.ServerFactory):
             reason = self._admission.refusal(
                 host,
                 self.clock.seconds(),
-                lambda reason: self._in_dry_run(host, reason),
+                lambda reason: self._in_dry_run(address_of(address), reason),
             )
             if reason is not None:
                 return reason, self.settings.refusal
@@ -405,19 +421,24 @@ class ServerFactory(protocol.ServerFactory):
             return None
         overflow = self.settings.overflow
         if "max_connections" in self.settings.dry_run:
-            self._in_dry_run(host, Reason.OVERFLOW)
+            self._in_dry_run(address_of(address), Reason.OVERFLOW)
         elif overflow == "evict":
-            self._evict()
+            # One that has come too early evicts nobody before its time.
+            if self._rate_wait is None and not self._too_early:
+                self._make_room(1)
         elif overflow != "hold":
             return Reason.OVERFLOW, overflow
         return None
 
-    def _evict(self) -> None:
+    def _make_room(self, newcomers: int) -> None:
+        """Evict as many as newcomers, and those who wait, need to get slots."""
+        slots = self.slots
+        wanted = self._waiting_for_slots + newcomers
         now = self.clock.seconds()
-        victim = self._eviction.choose(
-            (c for c in self._live.values() if self.slots.holds(c)), now
-        )
-        if victim is not None:
+        for _ in range(wanted - slots.limit + slots.taken - self._eviction.under_way):
+            victim = self._eviction.choose(now)
+            if victim is None:
+                return
             victim.end(Reason.EVICTED)
 
     def refused(self, address: Any, reason: Reason) -> None:
@@ -468,6 +489,10 @@ class ServerFactory(protocol.ServerFactory):
         self._reply = reply
         return True
 
+    def nothing_to_say(self) -> None:
+        """Whoever was to be told something has been, or never will be."""
+        self._reply = None
+
     @property
     def replies_next(self) -> bool:
         """Whether the next client is told something, and not served."""
@@ -489,12 +514,12 @@ class ServerFactory(protocol.ServerFactory):
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if not self._is_judged:
-            refusal = self.refusal_of(host_of(addr))
+            refusal = self.refusal_of(host_of(addr), addr, _itself)
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
         self._is_judged = False
         connection: Any = self._kind(self, self._next_id(), addr, self.handler)
-        if self._must_hold():
+        if self._has_to_wait(connection):
             connection.hold()
             self._held_unconnected[connection.id] = connection
             return connection
@@ -515,51 +540,80 @@ class ServerFactory(protocol.ServerFactory):
             return self._replies.reply(address, self._next_id(), how)
         return Refuser() if how == "drop" else Aborter()
 
-    def _must_hold(self) -> bool:
-        """Whether an accepted client is to wait for a slot."""
-        if self._held or self.is_paused or self._rate_wait is not None:
-            return True
-        return self.slots.is_full and ("max_connections" not in self.settings.dry_run)
+    def _has_to_wait(self, connection: Connection[Any]) -> bool:
+        """
+        A client is to be served; it counts for its peer from now on.
+
+        :returns: whether it is to wait, for a slot or for its time.
+        """
+        if self._admission.counts:
+            now = self.clock.seconds()
+            self._admission.enter(connection, host_of(connection.peer), now)
+            if self._rate_wait is not None or self._too_early:
+                self._too_early.add(connection.id)
+                return True
+            self._take_token(connection, now)
+        return bool(self._held) or self._is_full or self.is_paused
+
+    def _take_token(self, connection: Connection[Any], now: float) -> None:
+        self._admission.take_token(
+            now, lambda: self._in_dry_run(connection.peer, Reason.ACCEPT_RATE)
+        )
+        self._wait_for_rate(now)
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
         self._is_judged = False
+        if self.is_closed:
+            # By the handler of an evicted connection, say.
+            kernel.close_orderly(client)
+            self.events.connection_refused(address, Reason.UNSERVED)
+            return
         connection: Any = self._kind(
             self, self._next_id(), address, self.handler, client
         )
         self.set_socket_options(client)
-        if self._must_hold():
+        if self._has_to_wait(connection):
             connection.hold()
-            self._held.append(connection)
-            self._place_found()
+            self._held_unconnected[connection.id] = connection
+            self.connected(connection)
             return
         self._admit(connection)
         self._accepted(connection)
-        self._starts.add(connection)
+        self._start_soon(connection)
+
+    def _start_soon(self, connection: Any) -> None:
+        """Start a connection, unless an observer has closed the server."""
+        if self.is_closed:
+            connection.refuse()
+        else:
+            self._starts.add(connection)
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
         held = self._held_unconnected.pop(connection.id, None) is not None
         if held and self.is_closed:
-            self.events.connection_refused(connection.peer, Reason.UNSERVED)
-            connection.close_now()
+            self._dismiss(connection, Reason.UNSERVED)
         elif held:
             self._held.append(connection)
             self._place_found()
-        elif self.is_closed:
-            connection.refuse()
         else:
-            self._starts.add(connection)
+            self._start_soon(connection)
 
     def forget_unconnected(self) -> None:
         """
         Whoever was to connect the newest connection has failed to (a wrapping
         factory): release its slot.
         """
-        connection: Any = self._live.get(self._last_id)
-        if connection is not None and connection.transport is None:
+        newest = self._last_id
+        connection: Any = self._live.get(newest)
+        if connection is not None and getattr(connection, "transport", 0) is None:
             connection.forget()
-        self._held_unconnected.pop(self._last_id, None)
+        connection = self._held_unconnected.pop(newest, None)
+        if connection is not None:
+            self._waits_no_more(connection)
+            self.events.connection_refused(connection.peer, Reason.UNSERVED)
+        self._replies.forget_unconnected(newest)
         self._reply = None
         self._is_judged = False
 
@@ -572,21 +626,9 @@ class ServerFactory(protocol.ServerFactory):
         may_exceed = "max_connections" in self.settings.dry_run
         self.slots.take(connection, may_exceed=may_exceed)
         self._sweeper.began()
-        if self._admission.counts:
-            self._count(connection)
         if self.slots.is_full:
             self._reached_limit()
         self._conditions.look(self.slots)
-
-    def _count(self, connection: Connection[Any]) -> None:
-        """Count it for its peer, and for the rates."""
-        now = self.clock.seconds()
-        self._admission.enter(connection, host_of(connection.peer), now)
-        wait = self._admission.wait(
-            now, lambda reason: self._in_dry_run(connection.peer, reason)
-        )
-        if wait > 0 and self._rate_wait is None:
-            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -601,6 +643,13 @@ class ServerFactory(protocol.ServerFactory):
                 limit=self.max_connections,
             )
 
+    def _wait_for_rate(self, now: float | None = None) -> None:
+        """Have the next client wait until accept_rate allows one."""
+        self._stop_waiting_for_rate()
+        wait = self._admission.wait(self.clock.seconds() if now is None else now)
+        if wait > 0 and not self.is_closed:
+            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
+
     def _rate_allows(self) -> None:
         self._rate_wait = None
         self._place_found()
@@ -613,6 +662,7 @@ class ServerFactory(protocol.ServerFactory):
     def uncount(self, connection: Connection[Any]) -> None:
         """It holds no slot any more: the next client may come in."""
         self.slots.uncount(connection)
+        self._eviction.forget(connection)
         self._conditions.look(self.slots)
         self._place_found()
 
@@ -644,18 +694,24 @@ class ServerFactory(protocol.ServerFactory):
         self._maybe_over()
 
     def _place_found(self) -> None:
-        while (
-            self._held
-            and not self.is_closed
-            and not self.is_paused
-            and self._rate_wait is None
-            and not self.slots.is_full
-        ):
-            connection = self._held.popleft()
-            connection.admitted()
-            self._admit(connection)
-            self._accepted(connection)
-            self._starts.add(connection)
+        while self._held and not self.is_closed and not self.is_paused:
+            connection = self._held[0]
+            if connection.id in self._too_early:
+                if self._rate_wait is not None:
+                    break
+                self._too_early.discard(connection.id)
+                self._take_token(connection, self.clock.seconds())
+                if self._is_full and self.settings.overflow == "evict":
+                    self._make_room(0)
+                # Whoever was told of that may have done anything: look again.
+            elif self._is_full:
+                break
+            else:
+                self._held.popleft()
+                connection.admitted()
+                self._admit(connection)
+                self._accepted(connection)
+                self._start_soon(connection)
         self._on_place()
 
     def hold_starts(self) -> None:
@@ -759,9 +815,17 @@ class ServerFactory(protocol.ServerFactory):
 
     def _refuse_held(self, reason: Reason) -> None:
         while self._held:
-            connection = self._held.popleft()
-            self.events.connection_refused(connection.peer, reason)
-            connection.close_now()
+            self._dismiss(self._held.popleft(), reason)
+
+    def _dismiss(self, connection: Any, reason: Reason) -> None:
+        self._waits_no_more(connection)
+        self.events.connection_refused(connection.peer, reason)
+        connection.close_now()
+
+    def _waits_no_more(self, connection: Any) -> None:
+        """A connection that never had a slot counts for nobody any more."""
+        self._too_early.discard(connection.id)
+        self._admission.leave(connection)
 
     # Timeouts.
 
@@ -905,6 +969,11 @@ class ServerFactory(protocol.ServerFactory):
             f"<{type(self).__name__} {self.num_connections}/{self.max_connections} "
             f"connections{' closed' if self.is_closed else ''}>"
         )
+
+
+def _itself(address: Any) -> Any:
+    """For an address that is made already."""
+    return address
 
 
 def _nothing(*_: object) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
@@ -90,11 +91,15 @@ class Admits(Protocol):
 
     def has_place(self) -> bool: ...
 
-    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None: ...
+    def refusal_of(
+        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
+    ) -> tuple[Reason, Refusal] | None: ...
 
     def refused(self, address: Any, reason: Reason) -> None: ...
 
     def say_instead(self, reply: Reply) -> bool: ...
+
+    def nothing_to_say(self) -> None: ...
 
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
@@ -206,7 +211,7 @@ class Gate:
             self._in_episode = False
             taken += 1
             host = address[0] if isinstance(address, tuple) else None
-            refusal = factory.refusal_of(host)
+            refusal = factory.refusal_of(host, address, self._port._buildAddr)
             if refusal is None:
                 self._take(client, address)
             else:
@@ -227,6 +232,7 @@ class Gate:
             send_away(client, how)
         elif factory.say_instead(how):
             self._take(client, address)
+            factory.nothing_to_say()
         else:
             send_away(client, "reset")
 
@@ -270,6 +276,8 @@ class Gate:
             protocol = port.factory.buildProtocol(self._address_of(address))
             if protocol is None:
                 close_orderly(client)
+                # A wrapping factory may have asked ours before.
+                self._factory.forget_unconnected()
                 return
             session = port.sessionno
             port.sessionno = session + 1

@@ -150,6 +150,8 @@ def limits(name: str, value: Any) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Collection):
         raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
     for limit in value:
+        if not isinstance(limit, str):
+            raise TypeError(f"{name}: {limit!r} is not the name of a limit")
         if limit not in LIMITS:
             raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
     return frozenset(value)
