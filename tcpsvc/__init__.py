@@ -2,6 +2,8 @@
 A TCP and UNIX-socket server for Twisted, after Jane Street Async's ``Tcp.Server``.
 """
 
+from tcpsvc.drain_options import DrainOptions
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
 from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
@@ -34,6 +36,8 @@ __all__ = [
     "BufferAgeLimitExceeded",
     "ConnectionGone",
     "ConnectionSnapshot",
+    "DrainOptions",
+    "DrainReport",
     "IConnection",
     "IObserver",
     "IReader",

@@ -114,6 +114,8 @@ class ServerFactory(protocol.ServerFactory):
             self.add_observer(observer)
         self.is_dropping = settings.drop_incoming_connections
         self.is_closed = False
+        #: Whether handlers were told that the server drains.
+        self.is_draining = False
         #: Whether a server's pause lets nobody in for now (spec Z1).
         self.is_paused = False
         self.slots = Slots(settings.max_connections)
@@ -787,6 +789,19 @@ class ServerFactory(protocol.ServerFactory):
             closed.append(connection.when_socket_closed.wait())
             connection.close()
         return all_of(closed)
+
+    def start_accepted(self) -> None:
+        """Start what was accepted and waits for its turn, which a close would end."""
+        self._starts.start_now()
+
+    def tell_of_drain(self) -> None:
+        """
+        Tell every handler that the server drains: readers that wait at a boundary
+        are at EOF, if that was asked for. Again, it looks for further ones.
+        """
+        self.is_draining = True
+        for connection in list(self._live.values()):
+            connection.tell_of_drain()
 
     def cancel_handlers(self) -> None:
         """Cancel every handler that still runs."""

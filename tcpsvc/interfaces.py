@@ -11,6 +11,7 @@ class IReader(Interface):
     """The reading half of a connection: :class:`tcpsvc.Reader`."""
 
     bytes_read = Attribute("How many bytes have arrived so far.")
+    draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
@@ -33,6 +34,9 @@ class IReader(Interface):
     def drain_to_eof():  # type: ignore[no-untyped-def]
         """Discard everything until EOF. A coroutine."""
 
+    def eof_when_draining(wanted=True):  # type: ignore[no-untyped-def]
+        """Whether to be at EOF when nothing is buffered while the server drains."""
+
     def at_eof():  # type: ignore[no-untyped-def]
         """Whether everything before EOF was read."""
 
@@ -47,6 +51,7 @@ class IWriter(Interface):
     can_write_eof = Attribute("Whether write_eof works here.")
     bytes_to_write = Attribute("How many bytes the kernel has not taken yet.")
     bytes_written = Attribute("How many bytes were written so far.")
+    draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
@@ -75,6 +80,9 @@ class IWriter(Interface):
     def consumer_left():  # type: ignore[no-untyped-def]
         """A Deferred: the client has left."""
 
+    def when_draining():  # type: ignore[no-untyped-def]
+        """A Deferred: the server drains."""
+
     def abort():  # type: ignore[no-untyped-def]
         """Close at once with a reset."""
 
@@ -89,11 +97,18 @@ class IServer(Interface):
     num_connections = Attribute("How many slots are taken.")
     max_connections = Attribute("How many slots there are.")
     is_closed = Attribute("Whether close was called.")
+    is_draining = Attribute("Whether a drain has begun.")
     is_paused = Attribute("'hold' or 'refuse' while paused, else None.")
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
 
-    def close(*, close_existing_connections=False):  # type: ignore[no-untyped-def]
+    def close(*, close_existing_connections=False, cancel_handlers=False):  # type: ignore[no-untyped-def]
         """Close the listening sockets; a Deferred of one's own."""
+
+    def drain(*, announce=0.0, timeout=30.0, spread=0.0, grace=1.0):  # type: ignore[no-untyped-def]
+        """Close it, and see it to its end; a Deferred of a tcpsvc.DrainReport."""
+
+    def force_drain():  # type: ignore[no-untyped-def]
+        """Hurry that: close, cancel and reset what is left."""
 
     def close_finished():  # type: ignore[no-untyped-def]
         """A Deferred: the listening sockets are closed."""
@@ -130,6 +145,10 @@ class IConnection(Interface):
     age = Attribute("Seconds since its accept; for observers up to its end.")
     bytes_in = Attribute("Bytes received; None where nobody knows, or has observed.")
     bytes_out = Attribute("Bytes that the kernel has taken; None as for bytes_in.")
+    draining = Attribute("Whether the server drains.")
+
+    def when_draining():  # type: ignore[no-untyped-def]
+        """A Deferred: the server drains."""
 
     def snapshot():  # type: ignore[no-untyped-def]
         """Its state now, a tcpsvc.ConnectionSnapshot."""

@@ -176,6 +176,11 @@ def has_eof(connected: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def has_input(connected: socket.socket) -> bool:
+    """Whether bytes have come that are not read yet."""
+    return bool(_queued(connected, _SIOCINQ))
+
+
 def nothing_pending(connected: socket.socket) -> bool:
     """
     Whether no input is unread and no output is on its way: then ``close`` sends

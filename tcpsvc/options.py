@@ -287,12 +287,18 @@ class StreamOptions(Options, total=False):
     ``writer_buffer_size``
         How many bytes may wait to be sent before ``drain`` waits (S5). Default
         131072.
+    ``eof_on_drain``
+        While the server drains (:meth:`tcpsvc.Server.drain`), a read that waits with
+        nothing buffered is at EOF, so that handlers that wait for a next message
+        end. A handler may say otherwise: :meth:`tcpsvc.Reader.eof_when_draining`.
+        Default false.
     """
 
     buffer_age_limit: float | None
     flush_timeout: float
     reader_buffer_size: int
     writer_buffer_size: int
+    eof_on_drain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +331,7 @@ class Settings:
     flush_timeout: float = FLUSH_TIMEOUT
     reader_buffer_size: int = READER_BUFFER_SIZE
     writer_buffer_size: int = WRITER_BUFFER_SIZE
+    eof_on_drain: bool = False
 
     def __post_init__(self) -> None:
         check_on_handler_error(self.on_handler_error)

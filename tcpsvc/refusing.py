@@ -88,6 +88,9 @@ class Replies:
 
     # What the connections ask and tell (Owner).
 
+    #: A last word is soon over.
+    is_draining = False
+
     @property
     def is_closed(self) -> bool:
         """Whether the server is."""

@@ -19,7 +19,11 @@ from twisted.internet.interfaces import IProtocolFactory
 from zope.interface import implementer
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.cancelling import Cancellation
 from tcpsvc.control import Control
+from tcpsvc.drain import Drain
+from tcpsvc.drain_options import DrainOptions, Durations, check_drain_options
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
@@ -63,6 +67,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         self._is_port_closing = False
         self._port_closed = Event()
         self._when_over = Event()
+        self._drain: Drain | None = None
         factory.listen_with(
             listeners.update,
             listeners.descriptor_closed,
@@ -440,7 +445,12 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """Whether :meth:`close` was called, or a handler error has closed it."""
         return self._factory.is_closed
 
-    def close(self, *, close_existing_connections: bool = False) -> Deferred[None]:
+    def close(
+        self,
+        *,
+        close_existing_connections: bool = False,
+        cancel_handlers: bool = False,
+    ) -> Deferred[None]:
         """
         Accept nobody any more, and close the listening sockets (X). No handler
         starts from now on. Any number of calls, from anywhere.
@@ -449,6 +459,11 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             connections too, at once (X3): what the kernel took is delivered,
             what only this process holds is discarded, and their handlers read
             EOF. By default they go on to their end.
+        :param cancel_handlers: cancel the coroutine or Deferred of every handler that
+            still runs, after the closing. Without ``close_existing_connections`` what
+            a handler has written is then sent, and its client reads all of it; a
+            protocol is nothing to be cancelled, and goes on. One that has not ended a
+            second later is named in a line of the log.
         :returns: a Deferred of one's own that fires when the listening socket is
             closed, its port free and its path unlinked; and with
             ``close_existing_connections`` every socket that existed at the call
@@ -456,9 +471,12 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             :meth:`close_finished_and_handlers_determined` does.
         """
         self._close_port()
-        if not close_existing_connections:
-            return self.close_finished()
-        return all_of([self._factory.close_connections(), self.close_finished()])
+        closed = [self.close_finished()]
+        if close_existing_connections:
+            closed.append(self._factory.close_connections())
+        if cancel_handlers:
+            Cancellation(self._factory)
+        return all_of(closed)
 
     def close_finished(self) -> Deferred[None]:
         """
@@ -474,6 +492,56 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             one has returned (X4). It closes nothing.
         """
         return self._when_over.wait()
+
+    @property
+    def is_draining(self) -> bool:
+        """
+        Whether a drain has begun. It stays true: a server that drains does not come
+        back. A health check that asks this fails before clients are refused, see
+        ``announce`` of :class:`tcpsvc.DrainOptions`.
+        """
+        return self._drain is not None
+
+    def drain(self, **options: Unpack[DrainOptions]) -> Deferred[DrainReport]:
+        """
+        Close the server without losing a client, and see it to its end: announce it,
+        accept nobody, tell the handlers, wait for them, and in the end insist. Each
+        phase has a deadline, see :class:`tcpsvc.DrainOptions`; with no live connection
+        it is over when the listening socket is closed.
+
+        Called again it shortens the phases that are not over yet, the one it is in
+        from now on; it never makes one longer.
+
+        :param options: see :class:`tcpsvc.DrainOptions`.
+        :returns: a Deferred of one's own that fires with the
+            :class:`tcpsvc.DrainReport` at the end, also when asked for afterwards.
+            Cancelling it ends the waiting only.
+        :raises ValueError: an option is below 0 or not finite; nothing has happened.
+        :raises TypeError: an option is unknown, or no number; nothing has happened.
+        """
+        durations = check_drain_options(options)
+        if self._drain is None:
+            self._drain = Drain(self, self._factory, Durations(**durations))
+            self._drain.begin()
+        else:
+            self._drain.shorten(durations)
+        return self._drain.when_over()
+
+    def force_drain(self) -> Deferred[DrainReport]:
+        """
+        The time is up: close what is left, cancel its handlers, and reset what is
+        still open, at once. Handlers that do not end within ``grace`` are given up.
+        Begins a drain if there was none.
+
+        :returns: as :meth:`drain`.
+        """
+        if self._drain is None:
+            self._drain = Drain(self, self._factory, Durations())
+            self._drain.force()
+            self._drain.begin()
+        else:
+            self._drain.force()
+        return self._drain.when_over()
 
     def failed(self) -> Deferred[None]:
         """

@@ -15,7 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event, all_of
-from tcpsvc.drain import Drain
+from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_options
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
@@ -25,9 +26,6 @@ from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-#: How long a stop waits for handlers, in seconds, unless told otherwise.
-DRAIN_TIMEOUT = 30.0
 
 
 class TcpService(Service):
@@ -53,7 +51,9 @@ class TcpService(Service):
         :meth:`of_socks` and :meth:`of_protocols` for others.
     :param on_handler_error: as for :meth:`tcpsvc.Server.create`.
     :param drain_timeout: seconds (default 30) that a stop waits for handlers,
-        ``None`` for any time.
+        ``None`` for any time; see :class:`tcpsvc.DrainOptions`.
+    :param drain_announce: seconds (default 0) that it still accepts at a stop.
+    :param drain_spread: seconds (default 0) over which what is left then is closed.
     :param make_factory: what makes the factory of the handler and the options.
     :param options: of :class:`tcpsvc.StreamOptions`, but for ``socket``: a
         service that is started again needs a new one.
@@ -70,6 +70,8 @@ class TcpService(Service):
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         make_factory: Callable[..., ServerFactory] = ServerFactory.of_streams,
         **options: Unpack[StreamOptions],
     ) -> None:
@@ -85,8 +87,12 @@ class TcpService(Service):
                     f"where={place!r} with own=True: a service may listen again after "
                     "a stop, when that descriptor is closed"
                 )
-        if drain_timeout is not None and not drain_timeout >= 0:
-            raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")
+        self._drain_options: DrainOptions = {
+            "announce": drain_announce,
+            "timeout": drain_timeout,
+            "spread": drain_spread,
+        }
+        check_drain_options(self._drain_options, "drain_")
         #: Where it listens: as it was given, a sequence as a tuple.
         self.where = where if where is places[0] else places
         self._places = places
@@ -95,11 +101,10 @@ class TcpService(Service):
             make_factory, handler, on_handler_error=on_handler_error
         )
         self._make_factory(**options)  # What is wrong is said now, not at the start.
-        self._drain_timeout = drain_timeout
         self._bound: Event | None = None
         self._listening: Deferred[Any] | None = None
-        #: Of this stop, and of earlier ones that are not over.
-        self._drains: list[Drain] = []
+        #: What drains, at this stop or an earlier one, and when that is over.
+        self._drains: dict[Server[Any, Any], Event] = {}
         #: The server, from the time it is bound until it has stopped.
         self.server: Server[Any, Any] | None = None
 
@@ -111,6 +116,8 @@ class TcpService(Service):
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         **options: Unpack[Options],
     ) -> TcpService:
         """
@@ -121,6 +128,8 @@ class TcpService(Service):
             handler,
             on_handler_error=on_handler_error,
             drain_timeout=drain_timeout,
+            drain_announce=drain_announce,
+            drain_spread=drain_spread,
             make_factory=ServerFactory.of_socks,
             **options,
         )
@@ -133,6 +142,8 @@ class TcpService(Service):
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         **options: Unpack[Options],
     ) -> TcpService:
         """
@@ -144,6 +155,8 @@ class TcpService(Service):
             factory,
             on_handler_error=on_handler_error,
             drain_timeout=drain_timeout,
+            drain_announce=drain_announce,
+            drain_spread=drain_spread,
             make_factory=ServerFactory.of_protocols,
             **options,
         )
@@ -237,7 +250,7 @@ class TcpService(Service):
 
     def stopService(self) -> Deferred[None]:
         """
-        Stop accepting, and drain.
+        Drain: see :meth:`tcpsvc.Server.drain`. The log tells its report.
 
         :returns: a Deferred that fires when the last handler has ended, or
             ``drain_timeout`` is up and what was left is closed.
@@ -250,18 +263,18 @@ class TcpService(Service):
         elif bound is not None:
             assert self.server is not None
             self._drain(self.server)
-        return all_of([drain.when_done() for drain in self._drains])
+        return all_of([over.wait() for over in self._drains.values()])
 
     def _drain(self, server: Server[Any, Any]) -> None:
-        drain = Drain(server, self._drain_timeout)
-        self._drains.append(drain)
+        over = self._drains[server] = Event()
 
-        def done(_: None) -> None:
-            self._drains.remove(drain)
+        def done(_: DrainReport) -> None:
+            del self._drains[server]
             if self.server is server:
                 self.server = None
+            over.happen()
 
-        drain.when_done().addCallback(done)
+        server.drain(**self._drain_options).addCallback(done)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
@@ -281,5 +294,5 @@ class TcpService(Service):
 
     def force_stop(self) -> None:
         """While it drains: close what is left now."""
-        for drain in list(self._drains):
-            drain.force()
+        for server in list(self._drains):
+            server.force_drain()

@@ -52,6 +52,11 @@ class Starts:
         if self._may_start:
             self._schedule()
 
+    def start_now(self) -> None:
+        """What waits starts in this turn, unless nothing may start yet."""
+        if self._may_start:
+            self._start()
+
     def refuse_all(self) -> None:
         """Close what was accepted and has not started."""
         while self._waiting:

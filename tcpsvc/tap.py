@@ -22,10 +22,11 @@ from twisted.python.failure import Failure
 import tcpsvc
 from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
+from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
 from tcpsvc.options import ENGINES, networks
 from tcpsvc.places import places_text
-from tcpsvc.service import DRAIN_TIMEOUT, TcpService
+from tcpsvc.service import TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 
@@ -129,6 +130,20 @@ class Options(usage.Options):
             _number(float, "drain-timeout", 0),
         ],
         [
+            "drain-announce",
+            None,
+            0.0,
+            "Seconds that a stop still accepts, for health checks to fail first.",
+            _number(float, "drain-announce", 0),
+        ],
+        [
+            "drain-spread",
+            None,
+            0.0,
+            "Seconds over which a stop spreads the closes of what is left.",
+            _number(float, "drain-spread", 0),
+        ],
+        [
             "engine",
             None,
             "auto",
@@ -138,6 +153,7 @@ class Options(usage.Options):
     ]
     optFlags = [  # noqa: RUF012
         ["drop-incoming", None, "Accept clients and close them at once."],
+        ["eof-on-drain", None, "While it stops, a handler that waits reads EOF."],
         ["reuse-port", None, "Let several processes listen on the same --port."],
     ]
     compData = usage.Completions(
@@ -230,6 +246,8 @@ class Options(usage.Options):
             raise usage.UsageError(
                 f"--engine {self['engine']}: not one of {', '.join(ENGINES)}"
             )
+        if self["eof-on-drain"] and self["kind"] != "handler":
+            raise usage.UsageError(f"--eof-on-drain: --{self['kind']} has no reader")
         if self["reuse-port"] and not self["port"]:
             raise usage.UsageError(
                 "--reuse-port is for --port; an endpoint of --listen has its own "
@@ -350,6 +368,8 @@ def _service(options: Options) -> TcpService:
         if options["on-handler-error"] == "log"
         else options["on-handler-error"],
         "drain_timeout": options["drain-timeout"],
+        "drain_announce": options["drain-announce"],
+        "drain_spread": options["drain-spread"],
         "max_connections": options["max-connections"],
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
@@ -360,5 +380,6 @@ def _service(options: Options) -> TcpService:
         common["backlog"] = options["backlog"]
     if options["kind"] == "handler":
         common["buffer_age_limit"] = options["buffer-age-limit"]
+        common["eof_on_drain"] = bool(options["eof-on-drain"])
     service: TcpService = make(options.places(), handler, **common)
     return service

@@ -253,6 +253,7 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "flush_timeout": 2.5,
         "reader_buffer_size": 1234,
         "writer_buffer_size": 4321,
+        "eof_on_drain": True,
     }
     server = await serve(print, **options | {"peer_prefixes": (24, 48)})
     described = as_json(server.describe())
