@@ -35,6 +35,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.networks import Networks
@@ -70,6 +71,10 @@ _LIMITS_OF = {
     reason: {name for name, limit in LIMITS.items() if limit is reason}
     for reason in LIMITS.values()
 }
+
+
+#: Refusals of which there is no warning: asked for, or said already.
+_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
 
 
 class ServerFactory(protocol.ServerFactory):
@@ -146,6 +151,10 @@ class ServerFactory(protocol.ServerFactory):
         self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
+        #: The server that listens with it, for ``on_accept_error``.
+        self.server: Any = None
+        #: What happens when a gate's accept fails.
+        self.exhaustion = Exhaustion(self, self._place_found)
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
         self._listening_on: Callable[[], object] = _nothing
@@ -278,6 +287,7 @@ class ServerFactory(protocol.ServerFactory):
                 self._admission.enter(connection, host_of(connection.peer), now)
         self._timeouts.change(settings)
         self._sweep_as_needed()
+        self.exhaustion.update_reserve()
         if settings.accept_rate != before.accept_rate or settings.dry_run:
             self._stop_waiting_for_rate()
         self._place_found()
@@ -389,7 +399,7 @@ class ServerFactory(protocol.ServerFactory):
     def refused(self, address: Any, reason: Reason) -> None:
         """A client was sent away."""
         self.events.connection_refused(address, reason)
-        if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
+        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
                 address=address_text(self._listening_on() or "a server"),
@@ -804,9 +814,10 @@ class ServerFactory(protocol.ServerFactory):
         }
         for name, value in options.items():
             options[name] = _as_json(value)
-        policy = options["on_handler_error"]
-        if not isinstance(policy, str):
-            options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
+        for name in ("on_handler_error", "on_accept_error"):
+            value = options[name]
+            if callable(value):
+                options[name] = getattr(value, "__qualname__", repr(value))
         return options
 
     def invariant(self) -> None:

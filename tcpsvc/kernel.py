@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -86,6 +87,13 @@ def close_with_reset(client: socket.socket) -> None:
     except OSError:
         pass
     client.close()
+
+
+def is_readable(opened: socket.socket) -> bool:
+    """Whether a client waits at a listening socket. It costs no descriptor."""
+    poll = select.poll()
+    poll.register(opened.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:

@@ -73,6 +73,7 @@ class Server(Generic[AddressT, ListeningOnT]):
         """Not to be called: use :meth:`create` and its kin."""
         self._where = where
         self._factory = factory
+        factory.server = self
         self._port: Any = port
         self._address: IAddress = port.getHost()
         self._is_port_closing = False

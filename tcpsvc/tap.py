@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 import tcpsvc
 from tcpsvc.daemon import Daemon
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES
+from tcpsvc.options import ENGINES, EXHAUSTION_POLICIES
 from tcpsvc.service import DRAIN_TIMEOUT, TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
@@ -114,6 +114,13 @@ class Options(usage.Options):
             _age_limit,
         ],
         [
+            "on-exhaustion",
+            None,
+            "back-off",
+            "What new clients do when descriptors run out: wait (back-off), or hear "
+            "it at once (shed).",
+        ],
+        [
             "on-handler-error",
             None,
             "log",
@@ -143,6 +150,7 @@ class Options(usage.Options):
             "socket": usage.CompleteFiles(),
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
             "engine": usage.CompleteList(list(ENGINES)),
+            "on-exhaustion": usage.CompleteList(list(EXHAUSTION_POLICIES)),
         }
     )
 
@@ -213,6 +221,11 @@ class Options(usage.Options):
         if self["engine"] not in ENGINES:
             raise usage.UsageError(
                 f"--engine {self['engine']}: not one of {', '.join(ENGINES)}"
+            )
+        if self["on-exhaustion"] not in EXHAUSTION_POLICIES:
+            raise usage.UsageError(
+                f"--on-exhaustion {self['on-exhaustion']}: not one of "
+                + ", ".join(EXHAUSTION_POLICIES)
             )
         if self["reuse-port"] and not self["port"]:
             raise usage.UsageError(
@@ -330,6 +343,7 @@ def _services(options: Options) -> list[TcpService]:
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
+        "on_exhaustion": options["on-exhaustion"],
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]
