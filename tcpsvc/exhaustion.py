@@ -157,8 +157,10 @@ class Exhaustion:
         self._owner.events.accept_failed(error)
         if self.pause is not None:  # An observer may have closed the server.
             self._ask(error)
-        # Nor is anybody turned away when a descriptor is free by now.
-        if self.pause is None or error.errno not in EXHAUSTION_ERRNOS:
+        # Nobody is turned away when a descriptor is free by now.
+        if self.pause is None or not self._reserve.is_held:
+            return
+        if error.errno not in EXHAUSTION_ERRNOS:
             return
         if self._owner.settings.on_accept_error is not None:
             # Some of what it has closed is closed in the next turn.
@@ -245,12 +247,11 @@ class Exhaustion:
     def _shed(self) -> None:
         """Turn away who waits, by means of the descriptor that is in reserve."""
         pause = EXHAUSTION_PAUSE
-        if self._reserve.is_held:
-            self._reserve.give_up()
-            for port in list(self._ports):
-                if not self._turn_away(port):
-                    pause = SHED_PAUSE
-            self.update_reserve()
+        self._reserve.give_up()
+        for port in list(self._ports):
+            if not self._turn_away(port):
+                pause = SHED_PAUSE
+        self.update_reserve()
         # Whoever was told of it may have closed connections, or the server.
         if self.pause is not None:
             self._rest(pause, self._try_again)

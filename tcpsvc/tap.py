@@ -117,8 +117,7 @@ class Options(usage.Options):
             "on-exhaustion",
             None,
             "back-off",
-            "What new clients do when descriptors run out: wait (back-off), or hear "
-            "it at once (shed).",
+            "What becomes of clients when descriptors run out: back-off or shed.",
         ],
         [
             "on-handler-error",
