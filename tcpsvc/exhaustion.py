@@ -169,10 +169,9 @@ class Exhaustion:
             self._shed()
 
     def accepted(self) -> None:
-        """A port could."""
-        if self.episode is not None and not any(p.is_awaited for p in self._ports):
+        """A port could; to be told during an episode."""
+        if not any(p.is_awaited for p in self._ports):
             self.episode = None
-            self.update_reserve()
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again: try at once."""

@@ -190,7 +190,6 @@ class Gate:
             try:
                 client, address = self._accept()
             except BlockingIOError:
-                exhaustion.accepted()
                 break
             except OSError as error:
                 if error.errno in NEXT_CLIENT_ERRNOS and lost < MAX_LOST_CLIENTS:
