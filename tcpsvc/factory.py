@@ -36,6 +36,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.networks import Networks
@@ -71,6 +72,10 @@ _LIMITS_OF = {
     reason: {name for name, limit in LIMITS.items() if limit is reason}
     for reason in LIMITS.values()
 }
+
+
+#: Refusals of which there is no warning: asked for, or said already.
+_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
 
 
 class ServerFactory(protocol.ServerFactory):
@@ -156,6 +161,10 @@ class ServerFactory(protocol.ServerFactory):
         self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
+        #: The server that listens with it, for ``on_accept_error``.
+        self.server: Any = None
+        #: What happens when a gate's accept fails.
+        self.exhaustion = Exhaustion(self, self._place_found)
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
         self._addresses: Callable[[], Sequence[object]] = tuple
@@ -278,6 +287,7 @@ class ServerFactory(protocol.ServerFactory):
         self._admission.change(settings, present, self.clock.seconds())
         self._timeouts.change(settings)
         self._limit_as_set()
+        self.exhaustion.update_reserve()
         if settings.accept_rate != before.accept_rate or "accept_rate" in (
             settings.dry_run ^ before.dry_run
         ):
@@ -451,7 +461,7 @@ class ServerFactory(protocol.ServerFactory):
         """A client was sent away."""
         self._is_judged = False
         self.events.connection_refused(address, reason)
-        if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
+        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
                 address=self._names(),
@@ -955,9 +965,10 @@ class ServerFactory(protocol.ServerFactory):
         }
         for name, value in options.items():
             options[name] = _as_json(value)
-        policy = options["on_handler_error"]
-        if not isinstance(policy, str):
-            options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
+        for name in ("on_handler_error", "on_accept_error"):
+            value = options[name]
+            if callable(value):
+                options[name] = getattr(value, "__qualname__", repr(value))
         return options
 
     def invariant(self) -> None:

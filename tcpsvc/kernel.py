@@ -92,6 +92,13 @@ def close_with_reset(client: socket.socket) -> None:
     client.close()
 
 
+def is_readable(opened: socket.socket) -> bool:
+    """Whether a client waits at a listening socket. It costs no descriptor."""
+    poll = select.poll()
+    poll.register(opened.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
     """
     How many bytes have come in, and how many the client's kernel has acknowledged,
