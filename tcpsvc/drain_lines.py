@@ -110,12 +110,13 @@ class Lines:
 
     def given_up(self) -> None:
         """What remains is not waited for."""
+        peers = peers_text(self._factory.connections)
         _log.error(
             "{address}: {remaining} do not end, not even when cancelled; "
-            "not waiting for them: {peers}",
+            "not waiting for them{peers}",
             address=self._addresses,
             remaining=self.remaining("handlers"),
-            peers=peers_text(self._factory.connections),
+            peers=f": {peers}" if peers else "",
         )
 
     def drained(self, seconds: float, report: DrainReport) -> None:
