@@ -552,7 +552,8 @@ class Connection(Generic[AddressT]):
         # Its clock is the kernel's only where it is the reactor's.
         if not self._factory.looks and self._factory.clock is self._factory.reactor:
             by_kernel = kernel.idle(self._connected_socket())
-        return now - self.look(now) if by_kernel is None else by_kernel
+        # The kernel counts from before the accept, in its own ticks.
+        return now - self.look(now) if by_kernel is None else min(by_kernel, self.age)
 
     def snapshot(self) -> ConnectionSnapshot:
         """Its state now."""

@@ -328,6 +328,8 @@ class ServerFactory(protocol.ServerFactory):
 
         :raises ValueError: it was not added.
         """
+        if observer not in self._observers:
+            raise ValueError(f"observer={observer!r} was not added")
         self._observers.remove(observer)
         self.events = (
             Broadcast([self.counters, *self._observers])

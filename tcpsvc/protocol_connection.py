@@ -321,6 +321,9 @@ class ProtocolConnection(Connection[AddressT]):
         self._closed_by_server = True
         if self.transport is None:
             return  # Closed at makeConnection, which is still to come.
+        if self.reason is Reason.ABORTED:
+            self.transport.abortConnection()  # Perhaps again: it stays a reset.
+            return
         if not self._close_socket(self.transport):
             self.transport.loseConnection()
 
