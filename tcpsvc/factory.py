@@ -752,7 +752,7 @@ class ServerFactory(protocol.ServerFactory):
     @property
     def looks(self) -> bool:
         """Whether all that are live are looked at about once a second."""
-        return self._sweeper.sweeps_all
+        return self._timeouts.looks
 
     def _limit_as_set(self) -> None:
         interval = self._timeouts.interval

@@ -63,6 +63,7 @@ async def test_it_hears_of_each_change(serve: Any, connect: Any, kind: str) -> N
         await until(lambda n=n: len(handlers.started) == n + 1)
     server.connection(1).uncount()
     server.connection(2).close()
+    server.connection(1).close()
     server.cancel_handlers()
     await until(lambda: not server.connections)
     assert counts[:4] == [0, 1, 2, 1]
