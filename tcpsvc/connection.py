@@ -139,6 +139,7 @@ class Connection(Generic[AddressT]):
         "_factory",
         "_handler_cancelled",
         "_handler_state",
+        "_has_received",
         "_is_delivering",
         "_is_released",
         "_is_closed_with_the_server",
@@ -163,6 +164,7 @@ class Connection(Generic[AddressT]):
         self._accepted_at = now
         self._active_at = now
         self._moved = 0
+        self._has_received = False
         self._at_end: tuple[float, Bytes] | None = None
         self.is_accepted = False
         self.is_ended = False
@@ -324,12 +326,9 @@ class Connection(Generic[AddressT]):
     @property
     def has_received(self) -> bool:
         """Whether the client has sent anything; true where nobody knows."""
-        return self._bytes_seen()[0] != 0
-
-    @property
-    def knows_bytes(self) -> bool:
-        """Whether anybody knows what it moves."""
-        return True
+        if not self._has_received:
+            self._has_received = self._bytes_seen()[0] != 0
+        return self._has_received
 
     @property
     def delivered(self) -> int | None:
@@ -592,15 +591,17 @@ class Connection(Generic[AddressT]):
         :returns: the time of the last look that found so.
         """
         bytes_in, bytes_out = self._bytes_seen()
-        moved = (bytes_in or 0) + (bytes_out or 0)
-        if moved != self._moved:
+        moved = -1 if bytes_in is None else bytes_in + (bytes_out or 0)
+        if moved == -1:
+            self._moved = -1
+        elif moved != self._moved:
             self._moved = moved
             self._active_at = now
         return self._active_at
 
     @property
     def moved(self) -> int:
-        """Bytes moved, either way, up to the last look."""
+        """Bytes moved, either way, up to the last look; -1 when nobody knows."""
         return self._moved
 
     def _idle(self, now: float) -> float:
@@ -611,7 +612,8 @@ class Connection(Generic[AddressT]):
         # Its clock is the kernel's only where it is the reactor's.
         if not self._factory.looks and self._factory.clock is self._factory.reactor:
             by_kernel = kernel.idle(self._connected_socket())
-        return now - self.look(now) if by_kernel is None else by_kernel
+        # The kernel counts from before the accept, in its own ticks.
+        return now - self.look(now) if by_kernel is None else min(by_kernel, self.age)
 
     def snapshot(self) -> ConnectionSnapshot:
         """Its state now."""

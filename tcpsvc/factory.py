@@ -339,6 +339,8 @@ class ServerFactory(protocol.ServerFactory):
 
         :raises ValueError: it was not added.
         """
+        if observer not in self._observers:
+            raise ValueError(f"observer={observer!r} was not added")
         self._observers.remove(observer)
         self.events = (
             Broadcast([self.counters, *self._observers])
@@ -854,7 +856,7 @@ class ServerFactory(protocol.ServerFactory):
     @property
     def looks(self) -> bool:
         """Whether all that are live are looked at about once a second."""
-        return self._sweeper.sweeps_all
+        return self._timeouts.looks
 
     def _limit_as_set(self) -> None:
         interval = self._timeouts.interval

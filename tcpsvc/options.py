@@ -226,17 +226,28 @@ class Options(TypedDict, total=False):
         Limits, by the names of their options, or ``True`` for all, that let pass
         what they would refuse or end, and count and log it. Default ``()``.
     ``first_byte_timeout``
-        Seconds in which a client must have sent something. Default: no limit.
+        Seconds, from its slot on, in which a client must have sent something; under
+        TLS, something more than its handshake. Default: no limit.
+
+        When this timeout or one of the next four is over, the connection is closed as
+        by ``close(close_existing_connections=True)`` and its handler cancelled, once:
+        an ordinary end, which is not reported. That is not before its time, and at
+        most a quarter of it (and 0.05 s, or a second) later. A handler that has ended
+        is left to ``flush_timeout``, one whose socket is closed to
+        ``handler_timeout``. What a UNIX socket of ``create_sock`` moves nobody
+        knows: for it there are only ``handler_timeout`` and ``lifetime``.
     ``idle_timeout``
-        Seconds without a byte either way. Default: no limit.
+        Seconds without a byte either way: received, or taken by this kernel or, of
+        TCP, the client's. Default: no limit.
     ``handler_timeout``
-        Seconds that a handler may run. Default: no limit.
+        Seconds, from its slot on, that a handler may run. Default: no limit.
     ``lifetime``
-        Seconds that a connection may last. Default: no limit.
+        Seconds, from its slot on, that a connection may last. Default: no limit.
     ``min_throughput``
         Bytes a second that a connection must move, either way, on average of each
         ``throughput_window``, when it moves any or has some waiting to be sent: one
-        that is silent is idle, not slow. Default: no limit.
+        that is silent is idle, not slow. What the client's kernel has acknowledged
+        counts too. Default: no limit.
     ``throughput_window``
         Seconds. Default 30.
     ``on_exhaustion``

@@ -9,6 +9,7 @@ logged there.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -120,7 +121,8 @@ class ProtocolConnection(Connection[AddressT]):
 
     __slots__ = (
         "__provides__",
-        "_has_received",
+        "_base",
+        "_connected",
         "_is_held",
         "_peer_eof",
         "_protocol",
@@ -139,9 +141,11 @@ class ProtocolConnection(Connection[AddressT]):
         self._user_factory = user_factory
         self._protocol: Any = None
         self._is_held = False
-        self._has_received = False
         self._peer_eof = False
         self.transport: Any = None
+        #: The lowest transport, and its socket, if it has one.
+        self._base: Any = None
+        self._connected: socket.socket | None = None
 
     def hold(self) -> None:
         """There is no slot yet: the protocol is not even built."""
@@ -174,10 +178,10 @@ class ProtocolConnection(Connection[AddressT]):
     def makeConnection(self, transport: Any) -> None:
         """The connection is there."""
         self.transport = transport
-        base = kernel.base_transport(transport)
-        connected = kernel.socket_of(base)
-        if connected is not None:
-            self._factory.set_socket_options(connected)
+        base = self._base = kernel.base_transport(transport)
+        self._connected = kernel.socket_of(base)
+        if self._connected is not None:
+            self._factory.set_socket_options(self._connected)
         if tells(base) and base is not transport:
             base.watcher = _Below(self, base)
         if self._is_held:
@@ -321,6 +325,9 @@ class ProtocolConnection(Connection[AddressT]):
         self._closed_by_server = True
         if self.transport is None:
             return  # Closed at makeConnection, which is still to come.
+        if self.reason is Reason.ABORTED:
+            self.transport.abortConnection()  # Perhaps again: it stays a reset.
+            return
         if not self._close_socket(self.transport):
             self.transport.loseConnection()
 
@@ -337,37 +344,29 @@ class ProtocolConnection(Connection[AddressT]):
         if tells(self.transport):
             self.transport.watcher = None
 
-    def _connected_socket(self) -> Any:
-        if self.is_socket_closed or self.transport is None:
-            return None
-        return kernel.socket_of(kernel.base_transport(self.transport))
+    def _connected_socket(self) -> socket.socket | None:
+        return None if self.is_socket_closed else self._connected
 
     @property
     def has_received(self) -> bool:
-        if kernel.base_transport(self.transport) is self.transport:
+        if self._base is self.transport:
             return super().has_received
         return self._has_received  # The rest is TLS's.
 
-    @property
-    def knows_bytes(self) -> bool:
-        return self._bytes_seen() != (None, None)
-
     def _bytes_seen(self) -> Bytes:
-        return self._counted() or kernel.traffic(self._connected_socket())
+        base = self._base
+        if hasattr(base, "bytes_in"):
+            return base.bytes_in, base.bytes_out  # Also afterwards.
+        return kernel.traffic(self._connected_socket())
 
     def _bytes(self) -> Bytes:
-        return self._counted() or kernel.taken(self._connected_socket())
-
-    def _counted(self) -> Bytes | None:
-        """What the transport has counted, if it does. It knows also afterwards."""
-        base = kernel.base_transport(self.transport)
-        if hasattr(base, "bytes_in"):
-            return base.bytes_in, base.bytes_out
-        return None
+        if hasattr(self._base, "bytes_in"):
+            return self._bytes_seen()
+        return kernel.taken(self._connected_socket())
 
     @property
     def bytes_waiting(self) -> int:
-        return getattr(kernel.base_transport(self.transport), "unsent", 0)
+        return getattr(self._base, "unsent", 0)
 
     def _finish(self) -> None:
         """The handler ends with its socket: there is nothing left to send."""

@@ -76,10 +76,6 @@ class SockConnection(Connection[AddressT]):
     def _connected_socket(self) -> socket.socket:
         return self._socket
 
-    @property
-    def knows_bytes(self) -> bool:
-        return self._bytes_seen() != (None, None)
-
     def _bytes_seen(self) -> Bytes:
         return traffic(self._socket)
 

@@ -300,8 +300,8 @@ class StreamConnection(Connection[AddressT]):
         self._start(self._handler, self.peer, self.reader, self.writer)
 
     def close_now(self) -> None:
-        if self.is_socket_closed:
-            return
+        if self.is_socket_closed or self._aborted:
+            return  # A reset that is on its way is not to become a FIN.
         self._closed_by_server = True
         if self._base is None:
             return  # Closed before its start, which is still to come.

@@ -59,11 +59,6 @@ class Sweeper:
                 self._timer.reset(self._interval)
         self._update()
 
-    @property
-    def sweeps_all(self) -> bool:
-        """Whether all that are live are looked at."""
-        return self._sweeps_all
-
     def began(self) -> None:
         """A connection is live."""
         if self._sweeps_all and self._timer is None:

@@ -45,6 +45,12 @@ class Timeouts:
         """Other ones, for all that are live, from the next look on."""
         before, self._settings = self._settings, settings
         self._has_any = self.shortest is not None
+        #: Whether what connections move is looked at.
+        self.looks = (
+            settings.idle_timeout is not None
+            or settings.min_throughput is not None
+            or settings.overflow == "evict"
+        )
         if (before.min_throughput, before.throughput_window) != (
             settings.min_throughput,
             settings.throughput_window,
@@ -82,7 +88,7 @@ class Timeouts:
         Which of them are over for a connection whose handler runs: all, since some
         may be in a dry run.
         """
-        last = connection.look(now)
+        last = connection.look(now) if self.looks else now
         if not self._has_any:
             return ()
         settings = self._settings
@@ -100,7 +106,7 @@ class Timeouts:
             and not connection.has_received
         ):
             over += (Reason.FIRST_BYTE,)
-        if not connection.knows_bytes:
+        if not self.looks or connection.moved < 0:
             return over
         if settings.idle_timeout is not None and now - last >= settings.idle_timeout:
             over += (Reason.IDLE,)
