@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from itertools import product
 from typing import Any
 
 import pytest
@@ -517,8 +518,14 @@ async def test_a_way_that_is_none_is_refused(
 
 
 @ensureDeferred
-@pytest.mark.parametrize("where", ["tcp", "unix", "tls", "ungated"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        *product(KINDS, ["tcp", "unix"]),
+        # These have no plain sockets.
+        *product(["stream", "protocol"], ["tls", "ungated"]),
+    ],
+)
 async def test_the_longest_idle_is_evicted(
     kind: str,
     where: str,
@@ -529,8 +536,6 @@ async def test_the_longest_idle_is_evicted(
     logs: Any,
 ) -> None:
     """Its client reads EOF, its handler is cancelled, and the newcomer is served."""
-    if kind == "sock" and where in ("tls", "ungated"):
-        pytest.skip("no plain sockets")
     clock = Clock()
     seen = Seen()
     server = await serve(
