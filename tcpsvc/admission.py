@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tcpsvc.options import Settings
 from tcpsvc.peers import Key, Peers
 from tcpsvc.rate import TokenBucket
 from tcpsvc.reasons import Reason
+from tcpsvc.settings import Settings
 
 
 class Admission:

@@ -39,8 +39,8 @@ from tcpsvc.driver import Driver
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, follow
 from tcpsvc.interfaces import IConnection
-from tcpsvc.options import Settings
 from tcpsvc.reasons import Reason
+from tcpsvc.settings import Settings
 from tcpsvc.snapshot import Bytes, ConnectionSnapshot
 
 AddressT = TypeVar("AddressT")

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 
 from tcpsvc.connection import Connection
 from tcpsvc.factory import ServerFactory
-from tcpsvc.options import limits_text
+from tcpsvc.settings import limits_text
 from tcpsvc.snapshot import ConnectionSnapshot
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.handler import STOPPING, run_handler
-from tcpsvc.options import Settings
 from tcpsvc.rate import Rate, TokenBucket
+from tcpsvc.settings import Settings
 
 #: The process or the host has run out of something that will come back.
 EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

@@ -1,84 +1,50 @@
 """
-The factory: which connections are live, who is admitted, who is dropped.
+The factory: its making, its changes, its end, and what is known of it.
 
 :class:`ServerFactory` is what a :class:`tcpsvc.Server` listens with. It is
-public, so that an application that has an endpoint already can listen with it.
-
-Who is admitted, in one place: :meth:`ServerFactory.has_place` says whether the next
-client may be accepted, :meth:`ServerFactory.refusal_of` whether it is sent away then.
+public, so that an application that has an endpoint already can listen with it. Who
+gets in is :mod:`tcpsvc.entrance`'s.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet import protocol
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import (
-    IAddress,
-    IDelayedCall,
     IProtocolFactory,
     IProtocolNegotiationFactory,
 )
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, noLongerProvides
 
-from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
-from tcpsvc.admission import Admission, host_of
-from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
-from tcpsvc.counters import Counters
-from tcpsvc.events import Broadcast, check_observer
-from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.entrance import Entrance, nothing
 from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
-from tcpsvc.networks import Networks
-from tcpsvc.options import (
-    Options,
+from tcpsvc.options import Options, StreamOptions
+from tcpsvc.protocol_connection import ProtocolConnection
+from tcpsvc.reasons import Reason
+from tcpsvc.settings import (
     Settings,
-    StreamOptions,
     at_least_one,
     change_options,
     check_options,
+    describe_settings,
 )
-from tcpsvc.overflow import Refusal, Reply
-from tcpsvc.protocol_connection import Aborter, ProtocolConnection, Refuser
-from tcpsvc.rate import Rate
-from tcpsvc.reasons import LIMITS, Reason
-from tcpsvc.refusing import Replies
-from tcpsvc.slots import Slots
 from tcpsvc.sock_connection import SockConnection
-from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
-from tcpsvc.sweeper import Sweeper
-from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import addresses_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: At the limit there is one warning in so many seconds (spec A3).
-WARNING_INTERVAL = 60.0
 
-#: The options that a reason is the limit of.
-_LIMITS_OF = {
-    reason: {name for name, limit in LIMITS.items() if limit is reason}
-    for reason in LIMITS.values()
-}
-
-
-#: Refusals of which there is no warning: asked for, or said already.
-_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
-
-
-class ServerFactory(protocol.ServerFactory):
+class ServerFactory(Entrance):
     """
     Runs a handler for each connection, never more than ``max_connections``.
 
@@ -89,9 +55,6 @@ class ServerFactory(protocol.ServerFactory):
 
     Made by :meth:`of_streams` and :meth:`of_protocols`.
     """
-
-    noisy = False
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(
         self,
@@ -105,69 +68,24 @@ class ServerFactory(protocol.ServerFactory):
         observer: Any = None,
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
-        if reactor is None:
-            from twisted.internet import reactor
-        self.reactor = reactor
-        self.clock = reactor if clock is None else clock
-        self.settings = settings
-        self._options = options
-        self.counters = Counters()
-        #: Who is told what happens.
-        self.events: Any = self.counters
-        self._observers: list[Any] = []
-        if observer is not None:
-            self.add_observer(observer)
-        self.is_dropping = settings.drop_incoming_connections
-        self.is_closed = False
-        #: Whether handlers were told that the server drains.
-        self.is_draining = False
-        #: Whether a server's pause lets nobody in for now (spec Z1).
-        self.is_paused = False
-        self.slots = Slots(settings.max_connections)
-        self._admission = Admission(settings)
-        self._eviction = Eviction(self.slots)
-        self._replies = Replies(self)
-        self._timeouts = Timeouts(settings)
-        self._conditions = Conditions()
-        self._kind = kind
-        #: What serves new connections: a function, or a protocol factory.
-        self.handler = handler
-        self.takes_sockets = kind is SockConnection
-        #: Whether connections have TCP_NODELAY from their listening socket.
-        self.inherits_nodelay = False
-        self._live: dict[int, Connection[Any]] = self.slots.live
-        self._sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
-        #: Whether there is, or ever was, a limit that remembers connections.
-        self._is_limited = False
-        self._limit_as_set()
-        #: What a dry run has told of live connections, once each.
-        self._told: dict[int, set[Reason]] = {}
-        #: Accepted clients are to be this few until then, for accept_rate.
-        self._rate_wait: IDelayedCall | None = None
-        #: Whether a gate has asked about the next client.
-        self._is_judged = False
-        #: What the next client is told instead of being served.
-        self._reply: Reply | None = None
-        #: Accepted by a port that cannot be told to stop; none holds a slot.
-        self._held: deque[Any] = deque()
-        self._held_unconnected: dict[int, Any] = {}
-        #: Ids of those of them that came when accept_rate allowed none.
-        self._too_early: set[int] = set()
-        self._starts = Starts(reactor, self._started)
+        super().__init__(
+            kind,
+            handler,
+            settings,
+            options=options,
+            reactor=reactor,
+            clock=clock,
+            observer=observer,
+        )
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
-        self._last_id = 0
-        #: When it was last said that clients are refused, by the reason.
-        self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
         #: The server that listens with it, for ``on_accept_error``.
         self.server: Any = None
         #: What happens when a gate's accept fails.
         self.exhaustion = Exhaustion(self, self._place_found)
-        self._on_place: Callable[[], None] = _nothing
-        self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._addresses: Callable[[], Sequence[object]] = tuple
+        self._on_descriptor_closed: Callable[[], None] = nothing
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -254,11 +172,6 @@ class ServerFactory(protocol.ServerFactory):
     # Who is admitted.
 
     @property
-    def num_connections(self) -> int:
-        """How many slots are taken (spec A5)."""
-        return self.slots.taken
-
-    @property
     def max_connections(self) -> int:
         """
         How many slots there are. It may be set at any time; a lowered limit
@@ -323,427 +236,10 @@ class ServerFactory(protocol.ServerFactory):
         """
         return self._conditions.wait(condition, self.num_connections)
 
-    def add_observer(self, observer: Any) -> None:
-        """
-        Tell one more what happens from now on.
-
-        :raises ValueError: it is no :class:`tcpsvc.IObserver`.
-        """
-        check_observer(observer)
-        self._observers.append(observer)
-        self.events = Broadcast([self.counters, *self._observers])
-
-    def remove_observer(self, observer: Any) -> None:
-        """
-        Tell it no more.
-
-        :raises ValueError: it was not added.
-        """
-        if observer not in self._observers:
-            raise ValueError(f"observer={observer!r} was not added")
-        self._observers.remove(observer)
-        self.events = (
-            Broadcast([self.counters, *self._observers])
-            if self._observers
-            else self.counters
-        )
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether anybody is told but the counters."""
-        return bool(self._observers)
-
     @property
     def is_reporting_errors(self) -> bool:
         """Whether a call of ``on_handler_error`` has not ended yet."""
         return self._failures.is_reporting
-
-    @property
-    def is_dropping_incoming_connections(self) -> bool:
-        """Whether each incoming connection is closed at once (spec D1)."""
-        return self.is_dropping
-
-    def set_drop_incoming_connections(self, drop: bool) -> None:
-        """
-        Close each incoming connection at once, or stop doing so (spec D). May be
-        called any number of times, also when closed.
-
-        :param drop: whether to drop from now on.
-        """
-        self.is_dropping = bool(drop)
-        if drop:
-            self._refuse_held(Reason.DROPPED)
-        self._on_place()
-
-    def set_paused(self, paused: bool) -> None:
-        """
-        Let nobody in for now, not even to drop them, or go on. A port that cannot
-        be gated accepts nevertheless: whom it accepts is held.
-        """
-        self.is_paused = paused
-        self._place_found()
-
-    def has_place(self) -> bool:
-        """Whether the next client may be accepted. The rule of the gate."""
-        if self.is_closed or self.is_paused:
-            return False
-        if self.is_dropping:
-            return True
-        if self._rate_wait is not None:
-            return False
-        return not self.slots.is_full or self._accepts_beyond()
-
-    def _accepts_beyond(self) -> bool:
-        """Whether clients are accepted although no slot is free."""
-        overflow = self.settings.overflow
-        if "max_connections" in self.settings.dry_run:
-            return True
-        if overflow == "evict":
-            under_way = self._eviction.under_way
-            # Nobody is evicted before its start, if that can be helped.
-            started = self.slots.taken - len(self._starts)
-            return started > under_way or under_way > self._waiting_for_slots
-        return overflow != "hold"
-
-    @property
-    def _is_full(self) -> bool:
-        """Whether whoever is accepted has to wait for a slot."""
-        return self.slots.is_full and "max_connections" not in self.settings.dry_run
-
-    @property
-    def _waiting_for_slots(self) -> int:
-        """How many that were accepted wait for nothing but a slot."""
-        held = len(self._held) + len(self._held_unconnected)
-        return held - len(self._too_early)
-
-    def refusal_of(
-        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
-    ) -> tuple[Reason, Refusal] | None:
-        """
-        Whether an accepted client is to be sent away, why and how.
-
-        :param host: its IP address; ``None`` for a UNIX client.
-        :param address: its address, or what makes it:
-        :param address_of: called with that when somebody is to be told of it.
-        """
-        self._is_judged = True
-        if self.is_dropping:
-            return Reason.DROPPED, "drop"
-        if self._admission.asks:
-            reason = self._admission.refusal(
-                host,
-                self.clock.seconds(),
-                lambda reason: self._in_dry_run(address_of(address), reason),
-            )
-            if reason is not None:
-                return reason, self.settings.refusal
-        if not self.slots.is_full:
-            return None
-        overflow = self.settings.overflow
-        if "max_connections" in self.settings.dry_run:
-            self._in_dry_run(address_of(address), Reason.OVERFLOW)
-        elif overflow == "evict":
-            # One that has come too early evicts nobody before its time.
-            if self._rate_wait is None and not self._too_early:
-                self._make_room(1)
-        elif overflow != "hold":
-            return Reason.OVERFLOW, overflow
-        return None
-
-    def _make_room(self, newcomers: int) -> None:
-        """Evict as many as newcomers, and those who wait, need to get slots."""
-        slots = self.slots
-        wanted = self._waiting_for_slots + newcomers
-        now = self.clock.seconds()
-        for _ in range(wanted - slots.limit + slots.taken - self._eviction.under_way):
-            victim = self._eviction.choose(now)
-            if victim is None:
-                return
-            victim.end(Reason.EVICTED)
-
-    def refused(self, address: Any, reason: Reason) -> None:
-        """A client was sent away."""
-        self._is_judged = False
-        self.events.connection_refused(address, reason)
-        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
-            self._log.warn(
-                "{address}: refusing clients: {reason}, {count} so far",
-                address=self._names(),
-                reason=reason.value,
-                count=self.counters.refusals[reason.value],
-            )
-
-    def _in_dry_run(self, address: Any, reason: Reason) -> None:
-        """A limit would have refused, or ended, what it lets pass."""
-        self.events.refused_in_dry_run(address, reason)
-        if self._may_warn(f"dry run {reason.value}"):
-            self._log.warn(
-                "{address}: dry run: {client} would have been refused or ended: "
-                "{reason}, {count} so far",
-                address=self._names(),
-                client=address,
-                reason=reason.value,
-                count=self.counters.would_refuse[reason.value],
-            )
-
-    def _names(self) -> str:
-        return addresses_text(self._addresses()) or "a server"
-
-    def _may_warn(self, of: Reason | str) -> bool:
-        """Whether that was not said for a while (spec A3)."""
-        now = self.clock.seconds()
-        warned_at = self._warned_at.get(of)
-        if warned_at is not None and now - warned_at < WARNING_INTERVAL:
-            return False
-        self._warned_at[of] = now
-        return True
-
-    def say_instead(self, reply: Reply) -> bool:
-        """
-        The next client is told this, and not served.
-
-        :returns: whether that can be done.
-        """
-        if not self._replies.may_reply:
-            return False
-        self._reply = reply
-        return True
-
-    def nothing_to_say(self) -> None:
-        """Whoever was to be told something has been, or never will be."""
-        self._reply = None
-
-    @property
-    def replies_next(self) -> bool:
-        """Whether the next client is told something, and not served."""
-        return self._reply is not None
-
-    def buildProtocol(self, addr: IAddress | None) -> Any:
-        """A client was accepted: the protocol that serves, holds or ends it."""
-        if self._reply is not None:
-            reply, self._reply = self._reply, None
-            return self._replies.reply(addr, self._next_id(), reply)
-        if self.is_closed:
-            self.events.connection_refused(addr, Reason.UNSERVED)
-            return Refuser()
-        if self.takes_sockets:
-            self._log.error(
-                "{peer} refused: only a tcpsvc.Server can serve a socket handler",
-                peer=addr,
-            )
-            self.events.connection_refused(addr, Reason.UNSERVED)
-            return Refuser()
-        if not self._is_judged:
-            refusal = self.refusal_of(host_of(addr), addr, _itself)
-            if refusal is not None:
-                return self._sent_away(addr, *refusal)
-        self._is_judged = False
-        connection: Any = self._kind(self, self._next_id(), addr, self.handler)
-        if self._has_to_wait(connection):
-            connection.hold()
-            self._held_unconnected[connection.id] = connection
-            return connection
-        self._admit(connection)
-        # The application's factory may refuse, and may close this server.
-        if isinstance(connection, ProtocolConnection) and (
-            not connection.build() or self.is_closed
-        ):
-            connection.forget()
-            return Refuser()
-        self._accepted(connection)
-        return connection
-
-    def _sent_away(self, address: Any, reason: Reason, how: Refusal) -> Any:
-        """What ends a client of a port that cannot be gated."""
-        self.refused(address, reason)
-        if isinstance(how, Reply) and self._replies.may_reply:
-            return self._replies.reply(address, self._next_id(), how)
-        return Refuser() if how == "drop" else Aborter()
-
-    def _has_to_wait(self, connection: Connection[Any]) -> bool:
-        """
-        A client is to be served; it counts for its peer from now on.
-
-        :returns: whether it is to wait, for a slot or for its time.
-        """
-        if self._admission.counts:
-            now = self.clock.seconds()
-            self._admission.enter(connection, host_of(connection.peer), now)
-            if self._rate_wait is not None or self._too_early:
-                self._too_early.add(connection.id)
-                return True
-            self._take_token(connection, now)
-        return bool(self._held) or self._is_full or self.is_paused
-
-    def _take_token(self, connection: Connection[Any], now: float) -> None:
-        self._admission.take_token(
-            now, lambda: self._in_dry_run(connection.peer, Reason.ACCEPT_RATE)
-        )
-        self._wait_for_rate(now)
-
-    def take_socket(self, client: Any, address: Any) -> None:
-        """A gate has accepted a plain socket."""
-        self._is_judged = False
-        if self.is_closed:
-            # By the handler of an evicted connection, say.
-            kernel.close_orderly(client)
-            self.events.connection_refused(address, Reason.UNSERVED)
-            return
-        connection: Any = self._kind(
-            self, self._next_id(), address, self.handler, client
-        )
-        self.set_socket_options(client)
-        if self._has_to_wait(connection):
-            connection.hold()
-            self._held_unconnected[connection.id] = connection
-            self.connected(connection)
-            return
-        self._admit(connection)
-        self._add(connection)
-
-    def _add(self, connection: Any) -> None:
-        """It has a slot: start it, unless whoever waited for that has closed this."""
-        if self.is_closed:
-            connection.refuse()
-            return
-        self._accepted(connection)
-        self._start_soon(connection)
-
-    def _start_soon(self, connection: Any) -> None:
-        """Start a connection, unless an observer has closed the server."""
-        if self.is_closed:
-            connection.refuse()
-        else:
-            self._starts.add(connection)
-
-    def _started(self) -> None:
-        """Those that were to start in this turn have: they may be evicted."""
-        if self.settings.overflow == "evict":
-            self._on_place()
-
-    def connected(self, connection: Any) -> None:
-        """A connection's transport is there."""
-        held = self._held_unconnected.pop(connection.id, None) is not None
-        if held and self.is_closed:
-            self._dismiss(connection, Reason.UNSERVED)
-        elif held:
-            self._held.append(connection)
-            self._place_found()
-        else:
-            self._start_soon(connection)
-
-    def forget_unconnected(self) -> None:
-        """
-        Whoever was to connect the newest connection has failed to (a wrapping
-        factory): release its slot.
-        """
-        newest = self._last_id
-        connection: Any = self._live.get(newest)
-        if connection is not None and getattr(connection, "transport", 0) is None:
-            connection.forget()
-        connection = self._held_unconnected.pop(newest, None)
-        if connection is not None:
-            self._waits_no_more(connection)
-            self.events.connection_refused(connection.peer, Reason.UNSERVED)
-        self._replies.forget_unconnected(newest)
-        self._reply = None
-        self._is_judged = False
-
-    def _next_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
-
-    def _admit(self, connection: Connection[Any]) -> None:
-        """Take a slot."""
-        may_exceed = "max_connections" in self.settings.dry_run
-        self.slots.take(connection, may_exceed=may_exceed)
-        self._sweeper.began()
-        if self.slots.is_full:
-            self._reached_limit()
-        self._conditions.look(self.slots)
-
-    def _accepted(self, connection: Connection[Any]) -> None:
-        connection.is_accepted = True
-        self.events.connection_accepted(connection)
-
-    def _reached_limit(self) -> None:
-        self.events.limit_reached("max_connections")
-        if self.settings.overflow == "hold" and self._may_warn("max_connections"):
-            self._log.warn(
-                "{address}: all {limit} connections are in use; further clients wait",
-                address=self._names(),
-                limit=self.max_connections,
-            )
-
-    def _wait_for_rate(self, now: float | None = None) -> None:
-        """Have the next client wait until accept_rate allows one."""
-        self._stop_waiting_for_rate()
-        wait = self._admission.wait(self.clock.seconds() if now is None else now)
-        if wait > 0 and not self.is_closed:
-            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
-
-    def _rate_allows(self) -> None:
-        self._rate_wait = None
-        self._place_found()
-
-    def _stop_waiting_for_rate(self) -> None:
-        if self._rate_wait is not None:
-            self._rate_wait.cancel()
-            self._rate_wait = None
-
-    def uncount(self, connection: Connection[Any]) -> None:
-        """It holds no slot any more: the next client may come in."""
-        self.slots.uncount(connection)
-        self._eviction.forget(connection)
-        self._conditions.look(self.slots)
-        self._place_found()
-
-    def holds_slot(self, connection: Connection[Any]) -> bool:
-        """Whether it does."""
-        return self.slots.holds(connection)
-
-    def over(self, connection: Connection[Any]) -> None:
-        """It is over, and still has what it had."""
-        if connection.is_accepted:
-            self.events.connection_finished(connection)
-
-    def release(self, connection: Connection[Any], error: Failure | None) -> None:
-        """
-        Free the slot of a connection that is over; then report its handler's
-        error, then let the next client in (spec H4).
-        """
-        self.slots.free(connection)
-        self._sweeper.forget(connection)
-        if self._is_limited:
-            self._admission.leave(connection)
-            self._eviction.forget(connection)
-            self._timeouts.forget(connection)
-            self._told.pop(connection.id, None)
-        if error is not None:
-            self.report(connection.peer, error)
-        self._conditions.look(self.slots)
-        self._place_found()
-        self._maybe_over()
-
-    def _place_found(self) -> None:
-        while self._held and not self.is_closed and not self.is_paused:
-            connection = self._held[0]
-            if connection.id in self._too_early:
-                if self._rate_wait is not None:
-                    break
-                self._too_early.discard(connection.id)
-                self._take_token(connection, self.clock.seconds())
-                if self._is_full and self.settings.overflow == "evict":
-                    self._make_room(0)
-                # Whoever was told of that may have done anything: look again.
-            elif self._is_full:
-                break
-            else:
-                self._held.popleft()
-                connection.admitted()
-                self._admit(connection)
-                self._add(connection)
-        self._on_place()
 
     def hold_starts(self) -> None:
         """Start no handler before :meth:`begin_starts`."""
@@ -773,7 +269,7 @@ class ServerFactory(protocol.ServerFactory):
         if self.stopped_by is None:
             self.stopped_by = error
         # A Clock in a test is no reactor that runs.
-        stop = getattr(self.reactor, "stop", _nothing)
+        stop = getattr(self.reactor, "stop", nothing)
         try:
             stop()
         except ReactorNotRunning:
@@ -844,47 +340,6 @@ class ServerFactory(protocol.ServerFactory):
         """Everything has ended: :meth:`failed` fires, unless it has failed."""
         self._failures.over()
 
-    def _refuse_held(self, reason: Reason) -> None:
-        while self._held:
-            self._dismiss(self._held.popleft(), reason)
-
-    def _dismiss(self, connection: Any, reason: Reason) -> None:
-        self._waits_no_more(connection)
-        self.events.connection_refused(connection.peer, reason)
-        connection.close_now()
-
-    def _waits_no_more(self, connection: Any) -> None:
-        """A connection that never had a slot counts for nobody any more."""
-        self._too_early.discard(connection.id)
-        self._admission.leave(connection)
-
-    # Timeouts.
-
-    @property
-    def looks(self) -> bool:
-        """Whether all that are live are looked at about once a second."""
-        return self._timeouts.looks
-
-    def _limit_as_set(self) -> None:
-        interval = self._timeouts.interval
-        if interval is None and self.settings.overflow == "evict":
-            interval = RANKING_LASTS
-        self._sweeper.sweep_all(interval)
-        if interval is not None or self._admission.counts:
-            self._is_limited = True
-
-    def _look_at_timeouts(self, connection: Any, now: float) -> None:
-        if not connection.is_running or connection.is_ended:
-            return
-        for reason in self._timeouts.overdue(connection, now):
-            if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
-                connection.end(reason)
-                return
-            told = self._told.setdefault(connection.id, set())
-            if reason not in told:
-                told.add(reason)
-                self._in_dry_run(connection.peer, reason)
-
     # For the gate and the connections.
 
     def listen_with(
@@ -900,14 +355,6 @@ class ServerFactory(protocol.ServerFactory):
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
         self._addresses = addresses
-
-    def set_socket_options(self, connected: Any) -> None:
-        """What each connection's socket has (spec A7, A5)."""
-        keepalive = self.settings.keepalive
-        if keepalive or not self.inherits_nodelay:
-            kernel.set_options(
-                connected, nodelay=not self.inherits_nodelay, keepalive=keepalive
-            )
 
     def listening_on(self) -> Any:
         """The listening address, where it is known and there is no other."""
@@ -959,7 +406,7 @@ class ServerFactory(protocol.ServerFactory):
         return {
             "num_connections": self.num_connections,
             "max_connections": self.max_connections,
-            "options": self._describe_options(),
+            "options": describe_settings(self.settings),
             "is_closed": self.is_closed,
             "is_dropping_incoming_connections": self.is_dropping,
             "held": len(self._held),
@@ -967,18 +414,6 @@ class ServerFactory(protocol.ServerFactory):
             "connections": [c.describe() for c in self._live.values()],
             "counters": asdict(self.counters),
         }
-
-    def _describe_options(self) -> dict[str, Any]:
-        options = {
-            f.name: getattr(self.settings, f.name) for f in fields(self.settings)
-        }
-        for name, value in options.items():
-            options[name] = _as_json(value)
-        for name in ("on_handler_error", "on_accept_error"):
-            value = options[name]
-            if callable(value):
-                options[name] = getattr(value, "__qualname__", repr(value))
-        return options
 
     def invariant(self) -> None:
         """
@@ -1000,27 +435,8 @@ class ServerFactory(protocol.ServerFactory):
         )
 
 
-def _itself(address: Any) -> Any:
-    """For an address that is made already."""
-    return address
-
-
-def _nothing(*_: object) -> None:
-    """What is called while nobody has asked to be."""
-
-
 def _not_settings(options: Any) -> dict[str, Any]:
     return {name: options.get(name) for name in ("reactor", "clock", "observer")}
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Networks):
-        return [str(network) for network in value]
-    if isinstance(value, frozenset):
-        return sorted(value)
-    if isinstance(value, (Rate, Reply)):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def check_protocol_factory(factory: object) -> None:

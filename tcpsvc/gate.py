@@ -32,10 +32,10 @@ from tcpsvc.engine import Engine, engage
 from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
 from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
-from tcpsvc.options import Settings
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.refusing import send_away
+from tcpsvc.settings import Settings
 from tcpsvc.transport import telling
 
 #: How many lost clients in a row one turn of the reactor puts up with.

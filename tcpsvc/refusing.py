@@ -14,8 +14,8 @@ from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
 from tcpsvc.kernel import close_orderly, close_with_reset
-from tcpsvc.options import Settings
 from tcpsvc.overflow import Refusal, Reply
+from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 

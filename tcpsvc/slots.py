@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tcpsvc.options import at_least_one
+from tcpsvc.settings import at_least_one
 
 
 class Slots:

@@ -24,9 +24,9 @@ from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
 from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES, EXHAUSTION_POLICIES, networks
 from tcpsvc.places import places_text
 from tcpsvc.service import TcpService
+from tcpsvc.settings import ENGINES, EXHAUSTION_POLICIES, networks
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 

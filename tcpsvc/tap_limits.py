@@ -13,15 +13,9 @@ from typing import Any
 
 from twisted.python import usage
 
-from tcpsvc.options import (
-    at_least_one,
-    check_prefixes,
-    limits,
-    rate,
-    seconds,
-)
 from tcpsvc.overflow import OVERFLOWS, REFUSALS, Reply
 from tcpsvc.reasons import LIMITS
+from tcpsvc.settings import at_least_one, check_prefixes, limits, rate, seconds
 
 #: Seconds; the library has no limits for these.
 FIRST_BYTE_TIMEOUT = 60.0

@@ -53,9 +53,9 @@ from zope.interface import implementer
 from tcpsvc._waiters import Event
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError, log_error
-from tcpsvc.options import READER_BUFFER_SIZE
 from tcpsvc.reader import Reader
 from tcpsvc.server import Server
+from tcpsvc.settings import READER_BUFFER_SIZE
 from tcpsvc.where import LOCALHOST, WhereToListen
 
 __all__ = [

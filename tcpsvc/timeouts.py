@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tcpsvc.options import Settings
 from tcpsvc.reasons import Reason
+from tcpsvc.settings import Settings
 from tcpsvc.sweeper import INTERVAL, SHORTEST_INTERVAL
 
 #: The names of the options.

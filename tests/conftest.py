@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from tcpsvc.options import ENGINES, Settings
+from tcpsvc.settings import ENGINES, Settings
 from tests.anywhere import scene
 from tests.support import (
     connect,

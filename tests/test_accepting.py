@@ -30,7 +30,7 @@ from twisted.protocols.policies import TimeoutFactory
 from zope.interface import implementer
 
 import tcpsvc.listening
-import tcpsvc.options
+import tcpsvc.settings
 from tcpsvc import Server, ServerFactory, WhereToListen
 from tests.support import LOOPBACK, PATIENCE, in_thread, the_reactor, turn, until
 from tests.tls import client_context, make_certificate
@@ -688,7 +688,7 @@ def test_the_default_limit_fits_the_open_files(
 ) -> None:
     """A2: max(1, min(10_000, soft - max(64, soft // 10))), at creation."""
     monkeypatch.setattr(
-        tcpsvc.options.resource, "getrlimit", lambda which: (soft, soft)
+        tcpsvc.settings.resource, "getrlimit", lambda which: (soft, soft)
     )
     factory = bare(lambda a, r, w: None)
     assert factory.max_connections == expected

@@ -15,7 +15,8 @@ from zope.interface import implementer
 
 from tcpsvc import Observer, Rate, Reply, Server, ServerFactory
 from tcpsvc.networks import Networks
-from tcpsvc.options import Options, Settings, StreamOptions
+from tcpsvc.options import Options, StreamOptions
+from tcpsvc.settings import Settings
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers
 from tests.support import in_thread, turn, until

@@ -32,7 +32,7 @@ from twisted.internet.endpoints import serverFromString
 
 import tcpsvc
 from tcpsvc import tap
-from tcpsvc.options import ENGINES
+from tcpsvc.settings import ENGINES
 from tests.support import the_reactor
 from tests.tls import client_context, make_certificate
 

@@ -1,0 +1,92 @@
+"""
+What is said, and counted, of clients that are refused, and of limits that are only
+tried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from twisted.logger import Logger
+
+from tcpsvc.counters import Counters
+from tcpsvc.reasons import Reason
+from tcpsvc.settings import Settings
+
+_log = Logger(namespace="tcpsvc")
+
+#: Of each reason there is one warning in so many seconds (spec A3).
+WARNING_INTERVAL = 60.0
+
+#: What is asked for is no news, and that descriptors have run out has a line.
+_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
+
+
+class Owner(Protocol):
+    """Whose clients they are: the factory."""
+
+    settings: Settings
+    counters: Counters
+    events: Any
+    clock: Any
+
+
+class RefusalLog:
+    """
+    :param owner: the factory.
+    :param names: returns where it listens.
+    """
+
+    def __init__(self, owner: Owner, names: Callable[[], str]) -> None:
+        self._owner = owner
+        self._names = names
+        #: When it was last said that clients are refused, by the reason.
+        self._warned_at: dict[Reason | str, float] = {}
+
+    def refused(self, address: Any, reason: Reason) -> None:
+        """A client was sent away."""
+        owner = self._owner
+        owner.events.connection_refused(address, reason)
+        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
+            _log.warn(
+                "{address}: refusing clients: {reason}, {count} so far",
+                address=self._names(),
+                reason=reason.value,
+                count=owner.counters.refusals[reason.value],
+            )
+
+    def in_dry_run(self, address: Any, reason: Reason) -> None:
+        """A limit would have refused, or ended, what it lets pass."""
+        owner = self._owner
+        owner.events.refused_in_dry_run(address, reason)
+        if self._may_warn(f"dry run {reason.value}"):
+            _log.warn(
+                "{address}: dry run: {client} would have been refused or ended: "
+                "{reason}, {count} so far",
+                address=self._names(),
+                client=address,
+                reason=reason.value,
+                count=owner.counters.would_refuse[reason.value],
+            )
+
+    def reached_limit(self) -> None:
+        """All slots are taken."""
+        owner = self._owner
+        owner.events.limit_reached("max_connections")
+        settings = owner.settings
+        if settings.overflow == "hold" and self._may_warn("max_connections"):
+            _log.warn(
+                "{address}: all {limit} connections are in use; further clients wait",
+                address=self._names(),
+                limit=settings.max_connections,
+            )
+
+    def _may_warn(self, of: Reason | str) -> bool:
+        """Whether that was not said for a while."""
+        now = self._owner.clock.seconds()
+        warned_at = self._warned_at.get(of)
+        if warned_at is not None and now - warned_at < WARNING_INTERVAL:
+            return False
+        self._warned_at[of] = now
+        return True

@@ -1,0 +1,341 @@
+"""
+The settings of a server: the options that were given, checked, with the defaults of
+the others (spec A2, W5). Everything is looked at before anything is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tcpsvc.events import check_observer
+from tcpsvc.handler import OnHandlerError, check_on_handler_error
+from tcpsvc.networks import Networks
+from tcpsvc.options import AcceptErrorCallable
+from tcpsvc.overflow import Overflow, Refusal, Reply, check_overflow, check_refusal
+from tcpsvc.rate import Rate
+from tcpsvc.reasons import LIMITS
+
+#: The default of ``backlog``, as in Async.
+BACKLOG = 64
+
+#: What fits the kernel's int. It takes what exceeds its own limit as that limit.
+MOST_BACKLOG = 2**31 - 1
+
+#: The default of ``max_connections`` where there is no limit of open files.
+MOST_CONNECTIONS = 10_000
+
+#: What ``engine`` may be.
+ENGINES = ("auto", "reactor")
+
+#: What ``on_exhaustion`` may be.
+EXHAUSTION_POLICIES = ("back-off", "shed")
+
+#: Seconds (spec S6, H3).
+BUFFER_AGE_LIMIT = 120.0
+FLUSH_TIMEOUT = 30.0
+
+THROUGHPUT_WINDOW = 30.0
+
+NO_NETWORKS = Networks(())
+
+#: Bytes (spec S3, S5).
+READER_BUFFER_SIZE = 131_072
+WRITER_BUFFER_SIZE = 131_072
+
+
+def default_max_connections() -> int:
+    """
+    How many connections fit into the soft limit of open files, with room for
+    everything else the process opens.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(1, min(MOST_CONNECTIONS, soft - max(64, soft // 10)))
+
+
+def at_least_one(name: str, value: object) -> int:
+    """
+    :returns: the value.
+    :raises ValueError: ``value`` is below 1.
+    :raises TypeError: it is no int.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not an int")
+    if value < 1:
+        raise ValueError(f"{name}={value} is below 1")
+    return value
+
+
+def positive(name: str, value: object, unit: str) -> float:
+    """
+    :returns: the value.
+    :raises ValueError: ``value`` is not above 0, or is not finite.
+    :raises TypeError: it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is not a number of {unit}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} is not above 0 {unit}")
+    return float(value)
+
+
+def seconds(name: str, value: object) -> float:
+    """As :func:`positive`, of seconds."""
+    return positive(name, value, "seconds")
+
+
+def check_prefixes(value: object) -> None:
+    """
+    :raises ValueError: it is no pair of prefix lengths for IPv4 and IPv6.
+    """
+    if not (
+        isinstance(value, tuple)
+        and [type(length) for length in value] == [int, int]
+        and 1 <= value[0] <= 32
+        and 1 <= value[1] <= 128
+    ):
+        raise ValueError(
+            f"peer_prefixes={value!r} is not a pair of prefix lengths, of IPv4 (1 to "
+            "32) and IPv6 (1 to 128)"
+        )
+
+
+def rate(name: str, value: object) -> Rate | None:
+    """
+    The rate that an option means.
+
+    :raises ValueError: it is no rate.
+    :raises TypeError: it is nothing like one.
+    """
+    if value is None or isinstance(value, Rate):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is neither a Rate nor its text")
+    try:
+        return Rate.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def networks(name: str, value: Any) -> Networks:
+    """
+    The networks that an option means.
+
+    :raises ValueError: one of them is none.
+    :raises TypeError: it is nothing like a list of them.
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is a text, not a list of networks")
+    try:
+        return Networks(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def limits(name: str, value: Any) -> frozenset[str]:
+    """
+    The limits that an option names.
+
+    :raises ValueError: one of the names is no limit's.
+    :raises TypeError: they are no names.
+    """
+    if isinstance(value, bool):
+        return frozenset(LIMITS) if value else frozenset()
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
+    for limit in value:
+        if not isinstance(limit, str):
+            raise TypeError(f"{name}: {limit!r} is not the name of a limit")
+        if limit not in LIMITS:
+            raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
+    return frozenset(value)
+
+
+#: Options that are given in more than one form, and what makes one of them.
+_FORMS: dict[str, Callable[[str, Any], Any]] = {
+    "accept_rate": rate,
+    "accept_rate_per_peer": rate,
+    "allow": lambda name, value: None if value is None else networks(name, value),
+    "deny": lambda name, value: networks(name, () if value is None else value),
+    "dry_run": limits,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked options, with their defaults."""
+
+    on_handler_error: OnHandlerError
+    max_connections: int
+    max_accepts_per_batch: int = 1
+    backlog: int = BACKLOG
+    drop_incoming_connections: bool = False
+    overflow: Overflow = "hold"
+    refusal: Refusal = "reset"
+    max_connections_per_peer: int | None = None
+    accept_rate_per_peer: Rate | None = None
+    peer_prefixes: tuple[int, int] = (32, 64)
+    accept_rate: Rate | None = None
+    allow: Networks | None = None
+    deny: Networks = NO_NETWORKS
+    dry_run: frozenset[str] = frozenset()
+    first_byte_timeout: float | None = None
+    idle_timeout: float | None = None
+    handler_timeout: float | None = None
+    lifetime: float | None = None
+    min_throughput: float | None = None
+    throughput_window: float = THROUGHPUT_WINDOW
+    on_exhaustion: str = "back-off"
+    on_accept_error: AcceptErrorCallable | None = None
+    keepalive: bool = False
+    engine: str = "auto"
+    buffer_age_limit: float | None = BUFFER_AGE_LIMIT
+    flush_timeout: float = FLUSH_TIMEOUT
+    reader_buffer_size: int = READER_BUFFER_SIZE
+    writer_buffer_size: int = WRITER_BUFFER_SIZE
+    eof_on_drain: bool = False
+
+    def __post_init__(self) -> None:
+        check_on_handler_error(self.on_handler_error)
+        for name in (
+            "max_connections",
+            "max_accepts_per_batch",
+            "backlog",
+            "reader_buffer_size",
+            "writer_buffer_size",
+        ):
+            at_least_one(name, getattr(self, name))
+        for name in (
+            "buffer_age_limit",
+            "first_byte_timeout",
+            "idle_timeout",
+            "handler_timeout",
+            "lifetime",
+        ):
+            if getattr(self, name) is not None:
+                seconds(name, getattr(self, name))
+        for name in ("flush_timeout", "throughput_window"):
+            seconds(name, getattr(self, name))
+        if self.min_throughput is not None:
+            positive("min_throughput", self.min_throughput, "bytes a second")
+        if self.max_connections_per_peer is not None:
+            at_least_one("max_connections_per_peer", self.max_connections_per_peer)
+        check_overflow(self.overflow)
+        check_refusal(self.refusal)
+        check_prefixes(self.peer_prefixes)
+        if self.on_exhaustion not in EXHAUSTION_POLICIES:
+            raise ValueError(
+                f"on_exhaustion={self.on_exhaustion!r} is not one of "
+                + ", ".join(map(repr, EXHAUSTION_POLICIES))
+            )
+        if self.on_accept_error is not None and not callable(self.on_accept_error):
+            raise TypeError(
+                f"on_accept_error={self.on_accept_error!r} is no callable "
+                "f(error, server)"
+            )
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
+            )
+        if self.backlog > MOST_BACKLOG:
+            raise ValueError(f"backlog={self.backlog} is above {MOST_BACKLOG}")
+
+
+def check_options(
+    known: Any, on_handler_error: OnHandlerError, options: dict[str, Any]
+) -> Settings:
+    """
+    The settings that options ask for. ``socket``, ``reactor`` and ``clock`` are
+    not among them.
+
+    :param known: :class:`Options` or :class:`StreamOptions`.
+    :raises ValueError: an option has a bad value; it is named.
+    :raises TypeError: an option is unknown, or its value is of the wrong kind.
+    """
+    unknown = sorted(set(options) - known.__optional_keys__)
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}")
+    if options.get("observer") is not None:
+        check_observer(options["observer"])
+    values = _formed(options)
+    if values.get("max_connections") is None:
+        values["max_connections"] = default_max_connections()
+    return Settings(on_handler_error, **values)
+
+
+def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> Settings:
+    """
+    Other settings, for a server that runs.
+
+    :param known: as of :func:`check_options`.
+    :raises ValueError: an option has a bad value; it is named.
+    :raises TypeError: an option is unknown, cannot be changed, or its value is of the
+        wrong kind.
+    """
+    for name, value in changes.items():
+        if name not in known.__optional_keys__ or name not in Settings.__slots__:
+            raise TypeError(f"{name}={value!r} is no option of this server")
+        if name in ("engine", "drop_incoming_connections"):
+            raise TypeError(f"{name} cannot be changed so{_INSTEAD.get(name, '')}")
+    changed = _formed(changes)
+    if "max_connections" in changed and changed["max_connections"] is None:
+        changed["max_connections"] = default_max_connections()
+    return replace(settings, **changed)
+
+
+_INSTEAD = {"drop_incoming_connections": ": use set_drop_incoming_connections"}
+
+
+def _formed(options: dict[str, Any]) -> dict[str, Any]:
+    values = {k: v for k, v in options.items() if k in Settings.__slots__}
+    for name, form in _FORMS.items():
+        if name in values:
+            values[name] = form(name, values[name])
+    return values
+
+
+def limits_text(settings: Settings) -> str:
+    """The limits in a line, for a log: those that there are."""
+    told = [f"max_connections={settings.max_connections}"]
+    for name in (*LIMITS, "overflow"):
+        value = getattr(settings, name)
+        if name == "max_connections" or value is None or value == NO_NETWORKS:
+            continue
+        told.append(f"{name}={_limit_text(name, value)}")
+    if settings.dry_run:
+        told.append(f"dry run of {', '.join(sorted(settings.dry_run))}")
+    return ", ".join(told)
+
+
+def _limit_text(name: str, value: object) -> str:
+    if isinstance(value, Networks):
+        found = [str(network) for network in value]
+        return " ".join(found) if len(found) <= 5 else f"{len(found)} networks"
+    if isinstance(value, Reply):
+        return f"a reply of {len(value.data)} bytes"
+    if isinstance(value, float):
+        unit = "bytes/s" if name == "min_throughput" else "s"
+        return f"{value:g} {unit}"
+    return str(value)
+
+
+def describe_settings(settings: Settings) -> dict[str, Any]:
+    """As JSON has them (spec I4)."""
+    return {f.name: _as_json(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Networks):
+        return [str(network) for network in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, (Rate, Reply)):
+        return str(value)
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return list(value) if isinstance(value, tuple) else value
