@@ -40,18 +40,19 @@ class Conditions:
     def look(self, slots: Slots) -> None:
         """The number has changed, or may have."""
         if self._waiting:
-            self._tell(slots.taken)
+            self._tell(slots)
 
-    def _tell(self, count: int) -> None:
+    def _tell(self, slots: Slots) -> None:
         for waiter, condition in list(self._waiting.items()):
+            # Whoever is asked or told may cancel any, or change the number: it is
+            # looked at each time, and so is who still waits.
             if waiter not in self._waiting:
-                continue  # Whoever was told before has cancelled it.
-            try:
-                holds = condition(count)
-            except Exception:
-                del self._waiting[waiter]
-                waiter.errback()
                 continue
-            if holds:
-                del self._waiting[waiter]
+            try:
+                holds = condition(slots.taken)
+            except Exception:
+                if self._waiting.pop(waiter, None) is not None:
+                    waiter.errback()
+                continue
+            if holds and self._waiting.pop(waiter, None) is not None:
                 waiter.callback(None)

@@ -123,6 +123,7 @@ class Connection(Generic[AddressT]):
     :ivar id: a number of its own within the factory, from 1 on.
     :ivar peer: the client's address.
     :ivar is_accepted: whether observers were told of it.
+    :ivar is_ended: whether a limit has ended it. Its handler may still run.
     :ivar label: what the handler calls it.
     :ivar reason: why it ends; ``None`` until something has.
     """
@@ -138,9 +139,11 @@ class Connection(Generic[AddressT]):
         "_factory",
         "_handler_cancelled",
         "_handler_state",
+        "_has_received",
         "_is_delivering",
         "_is_released",
         "_is_closed_with_the_server",
+        "is_ended",
         "_moved",
         "_running",
         "_socket_closed",
@@ -161,8 +164,10 @@ class Connection(Generic[AddressT]):
         self._accepted_at = now
         self._active_at = now
         self._moved = 0
+        self._has_received = False
         self._at_end: tuple[float, Bytes] | None = None
         self.is_accepted = False
+        self.is_ended = False
         self.label: object = None
         self.reason: Reason | None = None
         self._handler_state = "waiting"
@@ -283,7 +288,13 @@ class Connection(Generic[AddressT]):
             self.close_now()
 
     def end(self, reason: Reason) -> None:
-        """A limit is exceeded: close it, and cancel its handler."""
+        """
+        A limit is exceeded: close it, and cancel its handler. Once: what the handler
+        still does then is its own to end.
+        """
+        if self.is_ended:
+            return
+        self.is_ended = True
         _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
         self.ends_because(reason)  # Also of one whose socket is closed already.
         if self._handler_state == "waiting":
@@ -313,8 +324,29 @@ class Connection(Generic[AddressT]):
         self._release_if_over()
 
     @property
-    def bytes_moved(self) -> Bytes:
-        """Bytes in and out, while it is not over."""
+    def has_received(self) -> bool:
+        """Whether the client has sent anything; true where nobody knows."""
+        if not self._has_received:
+            self._has_received = self._bytes_seen()[0] != 0
+        return self._has_received
+
+    @property
+    def delivered(self) -> int | None:
+        """
+        Bytes that have come, and that the client's kernel has acknowledged;
+        ``None`` where nobody knows.
+        """
+        received, acknowledged = kernel.traffic(self._connected_socket())
+        if received is None or acknowledged is None:
+            return None
+        return received + acknowledged
+
+    def _connected_socket(self) -> Any:
+        """Its socket, if it has one and it is open."""
+        return None
+
+    def _bytes_seen(self) -> Bytes:
+        """As :meth:`_bytes`, for whom only changes matter."""
         return self._bytes()
 
     @property
@@ -359,7 +391,9 @@ class Connection(Generic[AddressT]):
 
     def _why_it_left(self, error: BaseException | None) -> Reason:
         if isinstance(error, ConnectionGone):
-            return Reason.RESET
+            # A reset was noted when it was seen. What else is gone, the handler had
+            # closed itself.
+            return Reason.EOF if self._has_eof else Reason.FINISHED
         if isinstance(error, asyncio.IncompleteReadError):
             return Reason.DRAINED
         return Reason.CANCELLED
@@ -556,28 +590,30 @@ class Connection(Generic[AddressT]):
 
         :returns: the time of the last look that found so.
         """
-        bytes_in, bytes_out = self._bytes()
-        moved = (bytes_in or 0) + (bytes_out or 0)
-        if moved != self._moved:
+        bytes_in, bytes_out = self._bytes_seen()
+        moved = -1 if bytes_in is None else bytes_in + (bytes_out or 0)
+        if moved == -1:
+            self._moved = -1
+        elif moved != self._moved:
             self._moved = moved
             self._active_at = now
         return self._active_at
 
     @property
     def moved(self) -> int:
-        """Bytes moved, either way, up to the last look."""
+        """Bytes moved, either way, up to the last look; -1 when nobody knows."""
         return self._moved
 
     def _idle(self, now: float) -> float:
         """Seconds without a byte."""
         if self._is_released:
             return now - self._active_at
-        by_kernel = None if self._factory.looks else self._idle_by_kernel()
-        return now - self.look(now) if by_kernel is None else by_kernel
-
-    def _idle_by_kernel(self) -> float | None:
-        """The same, where the kernel tells."""
-        return None
+        by_kernel = None
+        # Its clock is the kernel's only where it is the reactor's.
+        if not self._factory.looks and self._factory.clock is self._factory.reactor:
+            by_kernel = kernel.idle(self._connected_socket())
+        # The kernel counts from before the accept, in its own ticks.
+        return now - self.look(now) if by_kernel is None else min(by_kernel, self.age)
 
     def snapshot(self) -> ConnectionSnapshot:
         """Its state now."""

@@ -49,7 +49,8 @@ class Control:
 
             await server.when_connections(lambda n: n < 10)
 
-        :param condition: called with it, now and at each change.
+        :param condition: called with it, now and at each change: an accept, a release,
+            and an ``uncount()``.
         :returns: a Deferred of one's own that fires when it has returned something
             true, in the middle of the change, and fails with what it raises.
             Cancelling it ends the waiting only.
@@ -67,11 +68,13 @@ class Control:
         """
         Other options from now on: all of them, or none if one is wrong.
 
-        Timeouts and limits take effect at once: on connections that are live at the
-        next look at them, on clients at the next accept. A lowered limit closes
-        nobody. Buffer sizes, ``keepalive`` and ``handler`` are those of new
+        Timeouts, their ``dry_run`` and ``buffer_age_limit`` take effect on
+        connections that are live, at the next look at them; ``flush_timeout`` at their
+        next close; limits on clients, at the next accept, or at once on those who wait.
+        A lowered limit closes nobody. Buffer sizes and ``keepalive`` are those of new
         connections. ``backlog`` is that of the next bind. ``engine``, ``socket``,
-        ``reactor`` and ``clock`` cannot be changed.
+        ``reactor`` and ``clock`` cannot be changed; ``drop_incoming_connections``, the
+        handler and the observers have methods of their own.
 
         :raises ValueError: an option has a bad value; it is named.
         :raises TypeError: an option is unknown, cannot be changed, or its value is of
@@ -81,9 +84,11 @@ class Control:
 
     def set_handler(self, handler: Any) -> None:
         """
-        Serve new connections with another handler. Those that are live keep theirs.
+        Serve new connections with another handler. Those that are live, or accepted
+        and not started, keep theirs.
 
-        :param handler: of the same kind as the one before.
+        :param handler: of the same kind as the one before: a function, or a protocol
+            factory, which then is told of the ports (``doStart``, ``doStop``).
         :raises TypeError: it is not.
         """
         self._factory.set_handler(handler)

@@ -50,7 +50,7 @@ class Observer:
         """Its handler has ended."""
 
     def connection_finished(self, connection: Any) -> None:
-        """It is over, its slot free."""
+        """It is over, and its slot free when all have been told."""
 
     def limit_reached(self, limit: str) -> None:
         """From now on clients wait, or are refused."""

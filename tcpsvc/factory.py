@@ -26,7 +26,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import alsoProvides
+from zope.interface import alsoProvides, noLongerProvides
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event, all_of
@@ -36,6 +36,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.networks import Networks
@@ -71,6 +72,10 @@ _LIMITS_OF = {
     reason: {name for name, limit in LIMITS.items() if limit is reason}
     for reason in LIMITS.values()
 }
+
+
+#: Refusals of which there is no warning: asked for, or said already.
+_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
 
 
 class ServerFactory(protocol.ServerFactory):
@@ -148,7 +153,7 @@ class ServerFactory(protocol.ServerFactory):
         self._held_unconnected: dict[int, Any] = {}
         #: Ids of those of them that came when accept_rate allowed none.
         self._too_early: set[int] = set()
-        self._starts = Starts(reactor)
+        self._starts = Starts(reactor, self._started)
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
         self._last_id = 0
@@ -156,6 +161,10 @@ class ServerFactory(protocol.ServerFactory):
         self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
+        #: The server that listens with it, for ``on_accept_error``.
+        self.server: Any = None
+        #: What happens when a gate's accept fails.
+        self.exhaustion = Exhaustion(self, self._place_found)
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
         self._addresses: Callable[[], Sequence[object]] = tuple
@@ -211,12 +220,16 @@ class ServerFactory(protocol.ServerFactory):
         settings = check_options(Options, on_handler_error, dict(options))
         check_protocol_factory(factory)
         made = cls(ProtocolConnection, factory, settings, **_not_settings(options))
-        if IProtocolNegotiationFactory.providedBy(factory):
-            # TLS asks the factory that it wraps which protocols it speaks (ALPN).
-            negotiating: Any = factory
-            made.acceptableProtocols = negotiating.acceptableProtocols  # type: ignore[attr-defined]
-            alsoProvides(made, IProtocolNegotiationFactory)
+        made._negotiate_as(factory)
         return made
+
+    def _negotiate_as(self, factory: Any) -> None:
+        """TLS asks the factory that it wraps which protocols it speaks (ALPN)."""
+        if IProtocolNegotiationFactory.providedBy(factory):
+            self.acceptableProtocols = factory.acceptableProtocols
+            alsoProvides(self, IProtocolNegotiationFactory)
+        elif IProtocolNegotiationFactory.providedBy(self):
+            noLongerProvides(self, IProtocolNegotiationFactory)
 
     @classmethod
     def of_socks(
@@ -274,6 +287,7 @@ class ServerFactory(protocol.ServerFactory):
         self._admission.change(settings, present, self.clock.seconds())
         self._timeouts.change(settings)
         self._limit_as_set()
+        self.exhaustion.update_reserve()
         if settings.accept_rate != before.accept_rate or "accept_rate" in (
             settings.dry_run ^ before.dry_run
         ):
@@ -295,8 +309,10 @@ class ServerFactory(protocol.ServerFactory):
             # Twisted tells a factory how many ports it has.
             for _ in range(self.numPorts):
                 handler.doStart()
+            before, self.handler = self.handler, handler
+            self._negotiate_as(handler)
             for _ in range(self.numPorts):
-                self.handler.doStop()
+                before.doStop()
         self.handler = handler
 
     def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
@@ -323,6 +339,8 @@ class ServerFactory(protocol.ServerFactory):
 
         :raises ValueError: it was not added.
         """
+        if observer not in self._observers:
+            raise ValueError(f"observer={observer!r} was not added")
         self._observers.remove(observer)
         self.events = (
             Broadcast([self.counters, *self._observers])
@@ -382,7 +400,9 @@ class ServerFactory(protocol.ServerFactory):
             return True
         if overflow == "evict":
             under_way = self._eviction.under_way
-            return self.slots.taken > under_way or under_way > self._waiting_for_slots
+            # Nobody is evicted before its start, if that can be helped.
+            started = self.slots.taken - len(self._starts)
+            return started > under_way or under_way > self._waiting_for_slots
         return overflow != "hold"
 
     @property
@@ -445,7 +465,7 @@ class ServerFactory(protocol.ServerFactory):
         """A client was sent away."""
         self._is_judged = False
         self.events.connection_refused(address, reason)
-        if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
+        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
                 address=self._names(),
@@ -579,6 +599,13 @@ class ServerFactory(protocol.ServerFactory):
             self.connected(connection)
             return
         self._admit(connection)
+        self._add(connection)
+
+    def _add(self, connection: Any) -> None:
+        """It has a slot: start it, unless whoever waited for that has closed this."""
+        if self.is_closed:
+            connection.refuse()
+            return
         self._accepted(connection)
         self._start_soon(connection)
 
@@ -588,6 +615,11 @@ class ServerFactory(protocol.ServerFactory):
             connection.refuse()
         else:
             self._starts.add(connection)
+
+    def _started(self) -> None:
+        """Those that were to start in this turn have: they may be evicted."""
+        if self.settings.overflow == "evict":
+            self._on_place()
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
@@ -710,8 +742,7 @@ class ServerFactory(protocol.ServerFactory):
                 self._held.popleft()
                 connection.admitted()
                 self._admit(connection)
-                self._accepted(connection)
-                self._start_soon(connection)
+                self._add(connection)
         self._on_place()
 
     def hold_starts(self) -> None:
@@ -832,30 +863,27 @@ class ServerFactory(protocol.ServerFactory):
     @property
     def looks(self) -> bool:
         """Whether all that are live are looked at about once a second."""
-        return self._sweeper.sweeps_all
+        return self._timeouts.looks
 
     def _limit_as_set(self) -> None:
-        timeout = self._timeouts.shortest
-        evicts = self.settings.overflow == "evict"
-        if timeout is None and evicts:
-            timeout = RANKING_LASTS * 4
-        self._sweeper.sweep_all(timeout)
-        if timeout is not None or self._admission.counts:
+        interval = self._timeouts.interval
+        if interval is None and self.settings.overflow == "evict":
+            interval = RANKING_LASTS
+        self._sweeper.sweep_all(interval)
+        if interval is not None or self._admission.counts:
             self._is_limited = True
 
     def _look_at_timeouts(self, connection: Any, now: float) -> None:
-        if not connection.is_running:
+        if not connection.is_running or connection.is_ended:
             return
-        reason = self._timeouts.overdue(connection, now)
-        if reason is None:
-            return
-        if not self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+        for reason in self._timeouts.overdue(connection, now):
+            if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+                connection.end(reason)
+                return
             told = self._told.setdefault(connection.id, set())
             if reason not in told:
                 told.add(reason)
                 self._in_dry_run(connection.peer, reason)
-            return
-        connection.end(reason)
 
     # For the gate and the connections.
 
@@ -946,9 +974,10 @@ class ServerFactory(protocol.ServerFactory):
         }
         for name, value in options.items():
             options[name] = _as_json(value)
-        policy = options["on_handler_error"]
-        if not isinstance(policy, str):
-            options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
+        for name in ("on_handler_error", "on_accept_error"):
+            value = options[name]
+            if callable(value):
+                options[name] = getattr(value, "__qualname__", repr(value))
         return options
 
     def invariant(self) -> None:

@@ -188,7 +188,10 @@ class IObserver(Interface):
         """
 
     def connection_finished(connection):  # type: ignore[no-untyped-def]
-        """An IConnection is over: its reason, age and bytes are final."""
+        """
+        An IConnection is over: its reason, age and bytes are final. Its slot is free,
+        and its handler's error reported, when all have been told.
+        """
 
     def limit_reached(limit):  # type: ignore[no-untyped-def]
         """A limit, by the name of its option: further clients wait, or are refused."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import select
 import socket
 import struct
 import sys
@@ -28,6 +29,9 @@ _TCPI_LAST_DATA_SENT = 44
 _TCPI_LAST = struct.Struct("=III")
 #: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT and CLOSE.
 _TCP_STATES_AFTER_FIN = frozenset({8, 9, 11, 6, 7})
+#: FIN_WAIT2 and TIME_WAIT; and those, FIN_WAIT1, CLOSING and LAST_ACK.
+_TCP_STATES_AFTER_OWN_FIN_ACK = frozenset({5, 6})
+_TCP_STATES_AFTER_OWN_FIN = frozenset({4, 5, 6, 11, 9})
 _LINGER_NOT = struct.pack("ii", 1, 0)
 _HAS_TCP_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
 
@@ -88,6 +92,13 @@ def close_with_reset(client: socket.socket) -> None:
     client.close()
 
 
+def is_readable(opened: socket.socket) -> bool:
+    """Whether a client waits at a listening socket. It costs no descriptor."""
+    poll = select.poll()
+    poll.register(opened.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
     """
     How many bytes have come in, and how many the client's kernel has acknowledged,
@@ -98,8 +109,29 @@ def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
     if info is None:
         return None, None
     acknowledged, received = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_ACKED)
-    # The client's FIN counts for a byte.
-    return received - (info[0] in _TCP_STATES_AFTER_FIN), acknowledged
+    state = info[0]
+    # A FIN counts for a byte.
+    return (
+        received - (state in _TCP_STATES_AFTER_FIN),
+        acknowledged - (state in _TCP_STATES_AFTER_OWN_FIN_ACK),
+    )
+
+
+def taken(connected: socket.socket | None) -> tuple[int | None, int | None]:
+    """
+    How many bytes have come in, and how many this kernel has taken to send, as
+    :func:`traffic`. It asks the kernel twice.
+    """
+    info = _tcp_info(connected)
+    if info is None or connected is None:
+        return None, None
+    waiting = _queued(connected, _SIOCOUTQ) or 0
+    acknowledged, received = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_ACKED)
+    state = info[0]
+    return (
+        received - (state in _TCP_STATES_AFTER_FIN),
+        acknowledged + waiting - (state in _TCP_STATES_AFTER_OWN_FIN),
+    )
 
 
 def idle(connected: socket.socket | None) -> float | None:
@@ -140,6 +172,15 @@ def rest_of_input(connected: socket.socket) -> Iterator[bytes]:
         if not data:
             return
         yield data
+
+
+def has_eof(connected: socket.socket) -> bool:
+    """Whether the client has ended its side, or all, whatever is still unread."""
+    if connected.fileno() < 0 or not _HAS_TCP_INFO:
+        return False
+    poll = select.poll()
+    poll.register(connected, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def has_input(connected: socket.socket) -> bool:

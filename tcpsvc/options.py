@@ -35,6 +35,12 @@ Network = str | IPv4Address | IPv4Network | IPv6Address | IPv6Network
 #: What ``engine`` may be.
 ENGINES = ("auto", "reactor")
 
+#: What ``on_exhaustion`` may be.
+EXHAUSTION_POLICIES = ("back-off", "shed")
+
+#: What is called with the error of an accept, and the :class:`tcpsvc.Server`.
+AcceptErrorCallable = Callable[[OSError, Any], object]
+
 #: Seconds (spec S6, H3).
 BUFFER_AGE_LIMIT = 120.0
 FLUSH_TIMEOUT = 30.0
@@ -220,19 +226,42 @@ class Options(TypedDict, total=False):
         Limits, by the names of their options, or ``True`` for all, that let pass
         what they would refuse or end, and count and log it. Default ``()``.
     ``first_byte_timeout``
-        Seconds in which a client must have sent something. Default: no limit.
+        Seconds, from its slot on, in which a client must have sent something; under
+        TLS, something more than its handshake. Default: no limit.
+
+        When this timeout or one of the next four is over, the connection is closed as
+        by ``close(close_existing_connections=True)`` and its handler cancelled, once:
+        an ordinary end, which is not reported. That is not before its time, and at
+        most a quarter of it (and 0.05 s, or a second) later. A handler that has ended
+        is left to ``flush_timeout``, one whose socket is closed to
+        ``handler_timeout``. What a UNIX socket of ``create_sock`` moves nobody
+        knows: for it there are only ``handler_timeout`` and ``lifetime``.
     ``idle_timeout``
-        Seconds without a byte either way. Default: no limit.
+        Seconds without a byte either way: received, or taken by this kernel or, of
+        TCP, the client's. Default: no limit.
     ``handler_timeout``
-        Seconds that a handler may run. Default: no limit.
+        Seconds, from its slot on, that a handler may run. Default: no limit.
     ``lifetime``
-        Seconds that a connection may last. Default: no limit.
+        Seconds, from its slot on, that a connection may last. Default: no limit.
     ``min_throughput``
         Bytes a second that a connection must move, either way, on average of each
         ``throughput_window``, when it moves any or has some waiting to be sent: one
-        that is silent is idle, not slow. Default: no limit.
+        that is silent is idle, not slow. What the client's kernel has acknowledged
+        counts too. Default: no limit.
     ``throughput_window``
         Seconds. Default 30.
+    ``on_exhaustion``
+        What becomes of clients that come while the process has no descriptor for
+        them: ``"back-off"`` (the default: they wait in the kernel's backlog), or
+        ``"shed"`` (they are turned away, as ``refusal`` says but never with a reply,
+        by means of a descriptor that the server keeps for this).
+    ``on_accept_error``
+        ``f(error, server)``, called whenever the kernel fails to give a client, for
+        want of descriptors, say: at first, every 50 ms while it goes on, and whenever
+        a descriptor of the server has been closed in vain. It may close connections;
+        as soon as a descriptor is free accepting goes on. A coroutine or Deferred of
+        its is followed, and it is not called again meanwhile. What it raises is
+        logged.
     ``observer``
         Is told what happens: a :class:`tcpsvc.Observer`.
     ``keepalive``
@@ -264,6 +293,8 @@ class Options(TypedDict, total=False):
     lifetime: float | None
     min_throughput: float | None
     throughput_window: float
+    on_exhaustion: Literal["back-off", "shed"]
+    on_accept_error: AcceptErrorCallable | None
     observer: Any
     keepalive: bool
     engine: Literal["auto", "reactor"]
@@ -325,6 +356,8 @@ class Settings:
     lifetime: float | None = None
     min_throughput: float | None = None
     throughput_window: float = THROUGHPUT_WINDOW
+    on_exhaustion: str = "back-off"
+    on_accept_error: AcceptErrorCallable | None = None
     keepalive: bool = False
     engine: str = "auto"
     buffer_age_limit: float | None = BUFFER_AGE_LIMIT
@@ -361,6 +394,16 @@ class Settings:
         check_overflow(self.overflow)
         check_refusal(self.refusal)
         check_prefixes(self.peer_prefixes)
+        if self.on_exhaustion not in EXHAUSTION_POLICIES:
+            raise ValueError(
+                f"on_exhaustion={self.on_exhaustion!r} is not one of "
+                + ", ".join(map(repr, EXHAUSTION_POLICIES))
+            )
+        if self.on_accept_error is not None and not callable(self.on_accept_error):
+            raise TypeError(
+                f"on_accept_error={self.on_accept_error!r} is no callable "
+                "f(error, server)"
+            )
         if self.engine not in ENGINES:
             raise ValueError(
                 f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"

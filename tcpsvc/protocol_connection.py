@@ -9,6 +9,7 @@ logged there.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
@@ -84,11 +85,50 @@ class Aborter(Refuser):
         transport.abortConnection()
 
 
+class _Below:
+    """
+    Watches what is below TLS: its socket is to be asked before it is closed.
+    """
+
+    def __init__(self, connection: ProtocolConnection[Any], base: Any) -> None:
+        self._connection = connection
+        self._base = base
+
+    def blocked(self) -> None:
+        """Of no interest."""
+
+    sent = blocked
+
+    def losing(self) -> None:
+        """Ask it now."""
+        self._connection.losing()
+
+    def lost(self, protocol: Any, reason: Failure) -> None:
+        """Nothing is left to watch."""
+        self._base.watcher = None
+        if reason.check(ConnectionAborted):  # TLS has another name for it.
+            self._connection.ends_because(Reason.ABORTED)
+        protocol.connectionLost(reason)
+
+    def failed(self, failure: Failure) -> bool:
+        """It is as it would be without us."""
+        return False
+
+
 @implementer(IProtocol, ILoggingContext)
 class ProtocolConnection(Connection[AddressT]):
     """A live connection whose handler is a protocol."""
 
-    __slots__ = ("__provides__", "_is_held", "_protocol", "_user_factory", "transport")
+    __slots__ = (
+        "__provides__",
+        "_base",
+        "_connected",
+        "_is_held",
+        "_peer_eof",
+        "_protocol",
+        "_user_factory",
+        "transport",
+    )
 
     def __init__(
         self,
@@ -101,7 +141,11 @@ class ProtocolConnection(Connection[AddressT]):
         self._user_factory = user_factory
         self._protocol: Any = None
         self._is_held = False
+        self._peer_eof = False
         self.transport: Any = None
+        #: The lowest transport, and its socket, if it has one.
+        self._base: Any = None
+        self._connected: socket.socket | None = None
 
     def hold(self) -> None:
         """There is no slot yet: the protocol is not even built."""
@@ -134,13 +178,16 @@ class ProtocolConnection(Connection[AddressT]):
     def makeConnection(self, transport: Any) -> None:
         """The connection is there."""
         self.transport = transport
-        connected = kernel.socket_of(kernel.base_transport(transport))
-        if connected is not None:
-            self._factory.set_socket_options(connected)
+        base = self._base = kernel.base_transport(transport)
+        self._connected = kernel.socket_of(base)
+        if self._connected is not None:
+            self._factory.set_socket_options(self._connected)
+        if tells(base) and base is not transport:
+            base.watcher = _Below(self, base)
         if self._is_held:
             transport.pauseProducing()
             self._factory.connected(self)
-        elif self._factory.is_closed:
+        elif self._factory.is_closed or self._closed_by_server:
             self.refuse()
         else:
             self._connect()
@@ -150,6 +197,9 @@ class ProtocolConnection(Connection[AddressT]):
         self._is_held = False
         if self.is_socket_closed:
             self.forget()  # The client has left meanwhile.
+            return
+        if self._closed_by_server:
+            self.refuse()
             return
         if not self.build():
             self._protocol = Refuser()
@@ -167,6 +217,7 @@ class ProtocolConnection(Connection[AddressT]):
 
     def dataReceived(self, data: bytes) -> None:
         """Pass bytes on."""
+        self._has_received = True
         self._guard(self._protocol.dataReceived, data)
 
     # What a transport tells (Watcher).
@@ -218,14 +269,19 @@ class ProtocolConnection(Connection[AddressT]):
         """Why it ends, where nothing has said so before."""
         if reason.check(ConnectionAborted):
             self.ends_because(Reason.ABORTED)
+        elif self._peer_eof or (tells(self.transport) and self.transport.has_eof):
+            self.ends_because(Reason.EOF)
+        elif getattr(self.transport, "disconnecting", False):
+            self.ends_because(Reason.FINISHED)
         elif reason.check(ConnectionDone):
-            ended_itself = getattr(self.transport, "disconnecting", False)
-            self.ends_because(Reason.FINISHED if ended_itself else Reason.EOF)
+            self.ends_because(Reason.EOF)
         elif reason.check(*_ORDINARY_REASONS):
             self.ends_because(Reason.RESET)
 
     def readConnectionLost(self) -> None:
         """The client's FIN, for an IHalfCloseableProtocol."""
+        if not getattr(self.transport, "disconnecting", False):
+            self._peer_eof = True
         self._guard(self._protocol.readConnectionLost)
 
     def writeConnectionLost(self) -> None:
@@ -264,34 +320,53 @@ class ProtocolConnection(Connection[AddressT]):
     # The life of the connection.
 
     def close_now(self) -> None:
-        if self.is_socket_closed or self.transport is None:
+        if self.is_socket_closed:
             return
         self._closed_by_server = True
+        if self.transport is None:
+            return  # Closed at makeConnection, which is still to come.
+        if self.reason is Reason.ABORTED:
+            self.transport.abortConnection()  # Perhaps again: it stays a reset.
+            return
         if not self._close_socket(self.transport):
             self.transport.loseConnection()
 
     def abort(self) -> None:
         """Close with a reset."""
-        if not self.is_socket_closed and self.transport is not None:
+        if not self.is_socket_closed:
             self.ends_because(Reason.ABORTED)
-            self.transport.abortConnection()
+            if self.transport is None:
+                self._closed_by_server = True
+            else:
+                self.transport.abortConnection()
 
-    def _idle_by_kernel(self) -> float | None:
-        if self.is_socket_closed or self.transport is None:
-            return None
-        return kernel.idle(kernel.socket_of(kernel.base_transport(self.transport)))
+    def _let_go(self) -> None:
+        if tells(self.transport):
+            self.transport.watcher = None
+
+    def _connected_socket(self) -> socket.socket | None:
+        return None if self.is_socket_closed else self._connected
+
+    @property
+    def has_received(self) -> bool:
+        if self._base is self.transport:
+            return super().has_received
+        return self._has_received  # The rest is TLS's.
+
+    def _bytes_seen(self) -> Bytes:
+        base = self._base
+        if hasattr(base, "bytes_in"):
+            return base.bytes_in, base.bytes_out  # Also afterwards.
+        return kernel.traffic(self._connected_socket())
 
     def _bytes(self) -> Bytes:
-        if self.is_socket_closed or self.transport is None:
-            return None, None
-        base = kernel.base_transport(self.transport)
-        if hasattr(base, "bytes_in"):
-            return base.bytes_in, base.bytes_out
-        return kernel.traffic(kernel.socket_of(base))
+        if hasattr(self._base, "bytes_in"):
+            return self._bytes_seen()
+        return kernel.taken(self._connected_socket())
 
     @property
     def bytes_waiting(self) -> int:
-        return getattr(kernel.base_transport(self.transport), "unsent", 0)
+        return getattr(self._base, "unsent", 0)
 
     def _finish(self) -> None:
         """The handler ends with its socket: there is nothing left to send."""

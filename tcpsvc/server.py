@@ -64,6 +64,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         self._listeners = listeners
         self._factory = factory
         self._pausing = Pausing(listeners, factory)
+        factory.server = self
         self._is_port_closing = False
         self._port_closed = Event()
         self._when_over = Event()

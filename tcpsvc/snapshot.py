@@ -21,10 +21,12 @@ class ConnectionSnapshot:
     :ivar id: its number within the server.
     :ivar peer: the client's address.
     :ivar age: seconds since the accept.
-    :ivar idle: seconds since it was last seen to move a byte, either way. Connections
-        are looked at about once a second.
+    :ivar idle: seconds since it was last seen to move a byte, either way. They are
+        looked at about once a second while there are timeouts, and when one is asked
+        for this; else Linux's TCP knows it exactly.
     :ivar bytes_in: bytes received; ``None`` where nobody knows.
-    :ivar bytes_out: bytes that the kernel has taken.
+    :ivar bytes_out: bytes that the kernel has taken. Those of a protocol under TLS are
+        counted below it.
     :ivar handler: ``"waiting"`` (it starts in the next turn), ``"running"``,
         ``"finished"``, ``"left"``, ``"failed"`` or ``"refused"``.
     :ivar socket: ``"open"`` or ``"closed"``.

@@ -4,11 +4,21 @@ The connection of ``create_sock``: the handler has the socket itself.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 
+from twisted.python.failure import Failure
+
 from tcpsvc.connection import AddressT, Connection, Owner
-from tcpsvc.kernel import close_orderly, close_with_reset, idle, output_state, traffic
+from tcpsvc.kernel import (
+    close_orderly,
+    close_with_reset,
+    has_eof,
+    output_state,
+    taken,
+    traffic,
+)
 from tcpsvc.reasons import Reason
 from tcpsvc.snapshot import Bytes
 
@@ -34,7 +44,18 @@ class SockConnection(Connection[AddressT]):
 
     def start(self) -> None:
         """Run the handler with the address and the socket."""
+        if self._closed_by_server:
+            self.refuse()
+            return
         self._start(self._handler, self.peer, self._socket)
+
+    def _is_ordinary_end(self, failure: Failure) -> bool:
+        # The socket was closed under it.
+        return super()._is_ordinary_end(failure) or (
+            self._closed_by_server
+            and isinstance(failure.value, OSError)
+            and failure.value.errno == errno.EBADF
+        )
 
     def hold(self) -> None:
         """There is no slot yet: it waits as it is."""
@@ -52,11 +73,18 @@ class SockConnection(Connection[AddressT]):
             close_with_reset(self._socket)
             self.socket_closed()
 
-    def _idle_by_kernel(self) -> float | None:
-        return idle(self._socket)
+    def _connected_socket(self) -> socket.socket:
+        return self._socket
+
+    def _bytes_seen(self) -> Bytes:
+        return traffic(self._socket)
 
     def _bytes(self) -> Bytes:
-        return traffic(self._socket)
+        return taken(self._socket)
+
+    @property
+    def _has_eof(self) -> bool:
+        return has_eof(self._socket)
 
     @property
     def bytes_waiting(self) -> int:

@@ -194,12 +194,16 @@ class StreamConnection(Connection[AddressT]):
         # First everything is as it will be, then whoever waits is told. The streams
         # are let go of meanwhile, when the handler has ended before.
         reader, writer = self.reader, self.writer
+        was_reset = not self._closed_by_server and not isinstance(
+            reason.value, (ConnectionDone, ConnectionAborted)
+        )
+        if was_reset:
+            self.ends_because(Reason.RESET)
+        elif self._phase is _OPEN and not self._closed_by_server:
+            self._peer_eof = True  # Where there are no halves to close: TLS.
         writer.gone()
         self.socket_closed()
-        if not self._closed_by_server and not isinstance(
-            reason.value, (ConnectionDone, ConnectionAborted)
-        ):
-            self.ends_because(Reason.RESET)
+        if was_reset:
             writer.consumer_has_left()
         writer.tell_gone()
         reader.feed_eof()
@@ -283,6 +287,9 @@ class StreamConnection(Connection[AddressT]):
 
     def start(self) -> None:
         """Run the handler with the address, the reader and the writer."""
+        if self._closed_by_server:
+            self.refuse()
+            return
         if self._is_held:
             self._is_held = False
             self.resume_reading()
@@ -293,11 +300,11 @@ class StreamConnection(Connection[AddressT]):
         self._start(self._handler, self.peer, self.reader, self.writer)
 
     def close_now(self) -> None:
-        if self.is_socket_closed:
-            return
+        if self.is_socket_closed or self._aborted:
+            return  # A reset that is on its way is not to become a FIN.
         self._closed_by_server = True
         if self._base is None:
-            return  # Closed at makeConnection, which is still to come.
+            return  # Closed before its start, which is still to come.
         self._close_orderly()
         # Where the transport closes later, the streams end now all the same.
         self._end_streams()
@@ -306,11 +313,11 @@ class StreamConnection(Connection[AddressT]):
         """Close with a reset."""
         if self._aborted or self._is_being_lost or self.is_socket_closed:
             return
-        if self.transport is None:
-            return  # It is still to come, and ended then.
-        self._aborted = True
-        self._closed_by_server = True
         self.ends_because(Reason.ABORTED)
+        self._closed_by_server = True
+        if self._base is None:
+            return  # Closed before its start, which is still to come.
+        self._aborted = True
         self.transport.abortConnection()
         self._end_streams()
 
@@ -331,8 +338,8 @@ class StreamConnection(Connection[AddressT]):
         if self._chunks is None and self.transport is not None:
             self.transport.watcher = None
 
-    def _idle_by_kernel(self) -> float | None:
-        return None if self.is_socket_closed else kernel.idle(self._socket)
+    def _connected_socket(self) -> socket.socket | None:
+        return None if self.is_socket_closed else self._socket
 
     def _bytes(self) -> Bytes:
         return self.reader.bytes_read, self.writer.bytes_taken
@@ -521,6 +528,7 @@ class StreamConnection(Connection[AddressT]):
             # TLS has ended the connection by itself, behind what is still to be
             # sent: the client's close ends both directions (spec S10).
             self._phase = _LOSING
+            self._peer_eof = True
             self._flush_timeout = self._factory.settings.flush_timeout
             self._progress = (self._taken_by_client(), now)
             self._end_streams()

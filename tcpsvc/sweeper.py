@@ -13,7 +13,7 @@ from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-#: How often, in seconds, unless a timeout is shorter than four of them.
+#: How often, in seconds, unless something needs it oftener.
 INTERVAL = 1.0
 
 #: How often at most, in seconds.
@@ -40,24 +40,24 @@ class Sweeper:
         self._sweeps_all = False
         self._interval = INTERVAL
         self._timer: IDelayedCall | None = None
+        #: When it is to go off: late ones do not add up.
+        self._due = 0.0
 
-    def sweep_all(self, timeout: float | None) -> None:
+    def sweep_all(self, interval: float | None) -> None:
         """
-        Sweep all that are live from now on, often enough for the shortest timeout,
-        in seconds; for ``None`` only those that are watched.
+        Sweep all that are live from now on, that often, in seconds; for ``None`` only
+        those that are watched.
         """
-        self._sweeps_all = timeout is not None
-        self._interval = INTERVAL
-        if timeout is not None:
-            self._interval = max(SHORTEST_INTERVAL, min(INTERVAL, timeout / 4))
+        self._sweeps_all = interval is not None
+        self._interval = INTERVAL if interval is None else interval
         if self._timer is not None:
-            self._timer.reset(self._interval)
+            # Sooner, never later: else whoever changes something oftener than this
+            # would put it off for ever.
+            soonest = self._clock.seconds() + self._interval
+            if soonest < self._due:
+                self._due = soonest
+                self._timer.reset(self._interval)
         self._update()
-
-    @property
-    def sweeps_all(self) -> bool:
-        """Whether all that are live are looked at."""
-        return self._sweeps_all
 
     def began(self) -> None:
         """A connection is live."""
@@ -85,14 +85,18 @@ class Sweeper:
     def _update(self) -> None:
         is_needed = bool(self._watched or (self._sweeps_all and self._connections))
         if is_needed and self._timer is None:
+            self._due = self._clock.seconds() + self._interval
             self._timer = self._clock.callLater(self._interval, self._sweep)
         elif not is_needed and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _sweep(self) -> None:
-        self._timer = self._clock.callLater(self._interval, self._sweep)
         now = self._clock.seconds()
+        self._due += self._interval
+        if self._due <= now:
+            self._due = now + self._interval
+        self._timer = self._clock.callLater(self._due - now, self._sweep)
         for connection in list(self._watched):
             # An earlier one's sweep may have ended this one.
             if connection in self._watched and not connection.sweep(now):

@@ -24,7 +24,7 @@ from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
 from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES, networks
+from tcpsvc.options import ENGINES, EXHAUSTION_POLICIES, networks
 from tcpsvc.places import places_text
 from tcpsvc.service import TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
@@ -117,6 +117,12 @@ class Options(usage.Options):
             _age_limit,
         ],
         [
+            "on-exhaustion",
+            None,
+            "back-off",
+            "What becomes of clients when descriptors run out: back-off or shed.",
+        ],
+        [
             "on-handler-error",
             None,
             "log",
@@ -163,6 +169,7 @@ class Options(usage.Options):
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
             "engine": usage.CompleteList(list(ENGINES)),
             **tap_limits.COMPLETIONS,
+            "on-exhaustion": usage.CompleteList(list(EXHAUSTION_POLICIES)),
         }
     )
 
@@ -248,6 +255,11 @@ class Options(usage.Options):
             )
         if self["eof-on-drain"] and self["kind"] != "handler":
             raise usage.UsageError(f"--eof-on-drain: --{self['kind']} has no reader")
+        if self["on-exhaustion"] not in EXHAUSTION_POLICIES:
+            raise usage.UsageError(
+                f"--on-exhaustion {self['on-exhaustion']}: not one of "
+                + ", ".join(EXHAUSTION_POLICIES)
+            )
         if self["reuse-port"] and not self["port"]:
             raise usage.UsageError(
                 "--reuse-port is for --port; an endpoint of --listen has its own "
@@ -375,6 +387,7 @@ def _service(options: Options) -> TcpService:
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
         **tap_limits.limits_of(options),
+        "on_exhaustion": options["on-exhaustion"],
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]

@@ -99,6 +99,11 @@ class MemoryTransport:
         self.bytes_out = 0
         self.protocol: Any = None
 
+    @property
+    def unsent(self) -> int:
+        """How many bytes the client has not taken yet."""
+        return len(self._unsent)
+
     # ITransport
 
     def write(self, data: bytes) -> None:

@@ -7,10 +7,12 @@ over not before its time, and up to a quarter of it, or a second, later.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tcpsvc.options import Settings
 from tcpsvc.reasons import Reason
+from tcpsvc.sweeper import INTERVAL, SHORTEST_INTERVAL
 
 #: The names of the options.
 TIMEOUTS = (
@@ -21,6 +23,10 @@ TIMEOUTS = (
 )
 
 
+#: How late a sweep may be, in seconds, without another one being waited for.
+LATENESS = 0.02
+
+
 class Timeouts:
     """
     The timeouts of a server's connections.
@@ -29,15 +35,27 @@ class Timeouts:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        #: Of connections that are watched for their throughput: since when, and how
+        #: many bytes they had moved by then, and delivered, where that is known.
+        self._windows: dict[int, tuple[float, int, int | None]] = {}
         self.change(settings)
 
     def change(self, settings: Settings) -> None:
         """Other ones, for all that are live, from the next look on."""
-        self._settings = settings
-        self._has_any = self.shortest is not None or settings.min_throughput is not None
-        #: Of connections that are watched for their throughput: since when, and how
-        #: many bytes they had moved by then.
-        self._windows: dict[int, tuple[float, int]] = {}
+        before, self._settings = self._settings, settings
+        self._has_any = self.shortest is not None
+        #: Whether what connections move is looked at.
+        self.looks = (
+            settings.idle_timeout is not None
+            or settings.min_throughput is not None
+            or settings.overflow == "evict"
+        )
+        if (before.min_throughput, before.throughput_window) != (
+            settings.min_throughput,
+            settings.throughput_window,
+        ):
+            self._windows.clear()
 
     @property
     def shortest(self) -> float | None:
@@ -48,48 +66,84 @@ class Timeouts:
             found.append(settings.throughput_window)
         return min((t for t in found if t is not None), default=None)
 
-    def overdue(self, connection: Any, now: float) -> Reason | None:
-        """Which of them is over for a connection whose handler runs."""
-        last = connection.look(now)
-        if not self._has_any:
+    @property
+    def interval(self) -> float | None:
+        """
+        How often to look, in seconds; ``None`` when there is nothing to look for.
+
+        A byte is seen up to an interval after it has moved. So that the end is not
+        seen as much later again, idle_timeout is a whole number of intervals.
+        """
+        shortest = self.shortest
+        if shortest is None:
             return None
+        interval = max(SHORTEST_INTERVAL, min(INTERVAL, shortest / 4))
+        if self._settings.idle_timeout is not None:
+            idle = self._settings.idle_timeout + LATENESS
+            interval = max(SHORTEST_INTERVAL, idle / math.ceil(idle / interval))
+        return interval
+
+    def overdue(self, connection: Any, now: float) -> tuple[Reason, ...]:
+        """
+        Which of them are over for a connection whose handler runs: all, since some
+        may be in a dry run.
+        """
+        last = connection.look(now) if self.looks else now
+        if not self._has_any:
+            return ()
         settings = self._settings
         age = connection.age
-        if settings.lifetime is not None and age >= settings.lifetime:
-            return Reason.LIFETIME
+        over: tuple[Reason, ...] = ()
         if settings.handler_timeout is not None and age >= settings.handler_timeout:
-            return Reason.HANDLER_TIMEOUT
-        bytes_in, bytes_out = connection.bytes_moved
+            over += (Reason.HANDLER_TIMEOUT,)
+        if connection.is_socket_closed:
+            return over  # The handler is all there is of it.
+        if settings.lifetime is not None and age >= settings.lifetime:
+            over = (Reason.LIFETIME, *over)
         if (
             settings.first_byte_timeout is not None
-            and bytes_in == 0
             and age >= settings.first_byte_timeout
+            and not connection.has_received
         ):
-            return Reason.FIRST_BYTE
-        if bytes_in is None and bytes_out is None:
-            return None  # Nobody knows what it moves.
+            over += (Reason.FIRST_BYTE,)
+        if not self.looks or connection.moved < 0:
+            return over
         if settings.idle_timeout is not None and now - last >= settings.idle_timeout:
-            return Reason.IDLE
-        if settings.min_throughput is not None:
-            return self._slow(connection, settings.min_throughput, now)
-        return None
+            over += (Reason.IDLE,)
+        if settings.min_throughput is not None and self._is_slow(
+            connection, settings.min_throughput, now
+        ):
+            over += (Reason.SLOW,)
+        return over
 
-    def _slow(self, connection: Any, least: float, now: float) -> Reason | None:
+    def _is_slow(self, connection: Any, least: float, now: float) -> bool:
         """
         Whether it has moved too little in a whole window: some bytes, but too few, or
         none although some wait to be sent. One that moves none, and for which none
         wait, is idle, not slow.
+
+        A kernel that is full takes more only when a third of what it holds is gone,
+        so what the client's has acknowledged counts, too.
         """
-        window = self._settings.throughput_window
-        moved = connection.moved
-        since, before = self._windows.setdefault(connection.id, (now, moved))
-        if now - since < window:
-            return None
-        self._windows[connection.id] = (now, moved)
-        delta = moved - before
-        if (delta or connection.bytes_waiting) and delta < least * (now - since):
-            return Reason.SLOW
-        return None
+        window = self._windows.get(connection.id)
+        if window is None:
+            self._windows[connection.id] = (
+                now,
+                connection.moved,
+                connection.delivered,
+            )
+            return False
+        since, moved_before, delivered_before = window
+        if now - since < self._settings.throughput_window:
+            return False
+        moved, delivered = connection.moved, connection.delivered
+        self._windows[connection.id] = (now, moved, delivered)
+        delta = moved - moved_before
+        if delivered is not None and delivered_before is not None:
+            delta = max(delta, delivered - delivered_before)
+        if not (delta or connection.bytes_waiting):
+            return False
+        return bool(delta < least * (now - since))
 
     def forget(self, connection: Any) -> None:
         """It is over."""

@@ -56,12 +56,14 @@ class Watched:
     :ivar watcher: who is told.
     :ivar read_failed: whether it was a failed read that ended the connection: then
         nothing is left to be read.
+    :ivar has_eof: whether the client has ended its side before anything of ours.
     :ivar tells_errors: whether the watcher is told what the protocol raises in
         ``dataReceived``.
     """
 
     watcher: Watcher | None = None
     read_failed = False
+    has_eof = False
     tells_errors = False
 
     @property
@@ -78,6 +80,7 @@ class Watched:
 
     def readConnectionLost(self, reason: Failure) -> None:
         """The client's FIN."""
+        self.has_eof = not self.disconnecting  # type: ignore[attr-defined]
         protocol = IHalfCloseableProtocol(self.protocol, None)  # type: ignore[attr-defined]
         if protocol is None:
             self.connectionLost(reason)

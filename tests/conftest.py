@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 from tcpsvc.options import ENGINES, Settings
+from tests.anywhere import scene
 from tests.support import (
     connect,
     logs,
@@ -15,7 +16,14 @@ from tests.support import (
     what_is_there_stays,
 )
 
-__all__ = ["connect", "logs", "nothing_left_behind", "serve", "what_is_there_stays"]
+__all__ = [
+    "connect",
+    "logs",
+    "nothing_left_behind",
+    "scene",
+    "serve",
+    "what_is_there_stays",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

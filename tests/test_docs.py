@@ -391,6 +391,21 @@ def test_limits_example(shell: Shell) -> None:
     third.close()
 
 
+def test_shedding_example(shell: Shell) -> None:
+    """shedding.py: without descriptors it tells who operates it, and the client."""
+    process = shell.serve("ulimit -n 24; exec python shedding.py")
+    clients = []
+    try:
+        while True:
+            clients.append(shell.connect(8008))
+            clients[-1].sendall(b"hello")
+            assert clients[-1].recv(5) == b"hello"
+    except (ConnectionResetError, BrokenPipeError):
+        process.wait_for(r"^Too many open files, with \d+ connections$")
+    for client in clients:
+        client.close()
+
+
 def test_embedded_example(shell: Shell) -> None:
     """embedded.py: the handler tells of the application's own timer."""
     shell.serve("python embedded.py")
@@ -529,6 +544,7 @@ def test_ticker_example(shell: Shell) -> None:
 RUN_BY = {
     "inline.py": test_inline_example,
     "limits.py": test_limits_example,
+    "shedding.py": test_shedding_example,
     "patient.py": "test_hello_trial.py",
     "hello.service": test_systemd_example,
     "hello.socket": test_systemd_example,
