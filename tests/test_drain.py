@@ -1,6 +1,6 @@
 """
 Stopping step by step, on a clock of the test's own (issue 2, section 3; issue 4,
-section 6).
+section 6; spec G1, G2, G5).
 """
 
 from __future__ import annotations
@@ -366,8 +366,11 @@ async def test_while_it_is_announced_it_still_accepts(
 
     server = await serve(handler, clock=clock)
     assert server.is_draining is False
+    assert server.describe()["is_draining"] is False
     over = Fired(server.drain(announce=5.0, timeout=30.0))
     assert server.is_draining is True
+    assert server.describe()["is_draining"] is True
+    assert "listening, draining" in repr(server)
     assert not server.is_closed
     assert [t for t in logs.texts() if "accepting for another 5 s" in t]
     client = connect(server)

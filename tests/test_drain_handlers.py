@@ -1,5 +1,6 @@
 """
-What handlers hear of a drain, and how they are stopped (issue 4, sections 6 and 7).
+What handlers hear of a drain, and how they are stopped (issue 4, sections 6 and 7;
+spec G3, G4, X7).
 """
 
 from __future__ import annotations
