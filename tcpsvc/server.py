@@ -631,6 +631,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             **first,
             "listeners": listeners,
             "is_paused": self.is_paused,
+            "is_draining": self.is_draining,
             **self._factory.describe(),
         }
 
@@ -639,6 +640,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         state = "closed" if self.is_closed else "listening"
         if self.is_paused:
             state = f"paused ({self.is_paused})"
+        if self.is_draining:
+            state += ", draining"
         if factory.is_dropping:
             state += ", dropping"
         return (

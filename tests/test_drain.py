@@ -1,6 +1,6 @@
 """
 Stopping step by step, on a clock of the test's own (issue 2, section 3; issue 4,
-section 6).
+section 6; spec G1, G2, G5).
 """
 
 from __future__ import annotations
@@ -366,8 +366,11 @@ async def test_while_it_is_announced_it_still_accepts(
 
     server = await serve(handler, clock=clock)
     assert server.is_draining is False
+    assert server.describe()["is_draining"] is False
     over = Fired(server.drain(announce=5.0, timeout=30.0))
     assert server.is_draining is True
+    assert server.describe()["is_draining"] is True
+    assert "listening, draining" in repr(server)
     assert not server.is_closed
     assert [t for t in logs.texts() if "accepting for another 5 s" in t]
     client = connect(server)
@@ -726,8 +729,10 @@ async def test_many_closes_come_several_at_a_time(
     await until(lambda: server.num_connections == 100)
     await turn()
     over = Fired(server.drain(timeout=0, spread=0.5))
+    clock.advance(0.01)
+    assert len(server._factory.connections) == 100
     for tenth in range(1, 6):
-        for _ in range(10):
+        for _ in range(9 if tenth == 1 else 10):
             clock.advance(0.01)
         assert abs(len(server._factory.connections) - (100 - 20 * tenth)) <= 4
     await until_over(over, clock)
@@ -1097,6 +1102,25 @@ async def test_who_was_just_accepted_is_served(
     over = Fired(server.drain())
     await until_over(over, clock)
     assert over.results == [DrainReport(finished=1)]
+
+
+@ensureDeferred
+async def test_who_is_not_served_any_more_is_no_part_of_it(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """H5: it was accepted, and had not come to be started."""
+
+    class Hastier(Observer):
+        def connection_accepted(self, connection: Any) -> None:
+            reports.append(Fired(server.drain()))
+
+    reports: list[Any] = []
+    server = await serve(reads, clock=clock, observer=Hastier())
+    client = connect(server)
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: reports and reports[0])
+    assert reports[0].results == [DrainReport()]
+    assert server.describe()["counters"]["refusals"] == {"unserved": 1}
 
 
 @ensureDeferred

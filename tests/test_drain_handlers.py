@@ -1,5 +1,6 @@
 """
-What handlers hear of a drain, and how they are stopped (issue 4, sections 6 and 7).
+What handlers hear of a drain, and how they are stopped (issue 4, sections 6 and 7;
+spec G3, G4, X7).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ async def test_each_connection_is_told_by_a_deferred_of_ones_own(
         seen.append((reader, writer))
         await reader.drain_to_eof()
 
-    server, clients = await serving(serve, connect, handler, clock, 2)
-    (reader, writer), (_, other) = seen
+    server, clients = await serving(serve, connect, handler, clock, 3)
+    (reader, writer), (_, other), (_, late) = seen
     connection = server.connection(1)
     assert (reader.draining, writer.draining, connection.draining) == (False,) * 3
     first, second = writer.when_draining(), writer.when_draining()
@@ -58,6 +59,7 @@ async def test_each_connection_is_told_by_a_deferred_of_ones_own(
     assert Fired(third).results == Fired(fourth).results == [None]
     assert (reader.draining, writer.draining, connection.draining) == (True,) * 3
     assert Fired(writer.when_draining()).results == [None]
+    assert Fired(late.when_draining()).results == [None]
     for client in clients:
         client.close()
     await until_over(over, clock)

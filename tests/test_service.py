@@ -346,7 +346,7 @@ async def test_force_stop_closes_what_is_left_now(
     service: Any, connect: Any, clock: Clock
 ) -> None:
     """While it drains; at any other time it does nothing."""
-    one = service(drain_timeout=None)
+    one = service(drain_timeout=None, drain_announce=60.0)
     one.force_stop()
     one.startService()
     one.force_stop()

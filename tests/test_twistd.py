@@ -713,7 +713,7 @@ def test_a_signal_announces_spreads_and_reports(start: Any, connect: Any) -> Non
     """
     child = start(
         *twistd(
-            "-n", "tcpsvc", "--handler=hands.obey", "--drain-announce=1",
+            "-n", "tcpsvc", "--handler=hands.obey", "--drain-announce=2",
             "--drain-timeout=2", "--drain-spread=0.5", "--eof-on-drain",
         )
     )  # fmt: skip
@@ -726,7 +726,7 @@ def test_a_signal_announces_spreads_and_reports(start: Any, connect: Any) -> Non
     half.send(b"ans")
     busy.send(b"ans")
     child.signal(signal.SIGTERM)
-    child.expect("about to drain, accepting for another 1 s")
+    child.expect("about to drain, accepting for another 2 s")
     late = connect(address)
     late.send(b"answer\n")
     assert late.read_all() == b"hello\n" + b"x" * 1_000_000

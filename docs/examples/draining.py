@@ -17,7 +17,7 @@ async def main(reactor):
         writer.write(b"drain\n" if server.is_draining else b"up\n")
 
     async def drain():
-        report = await server.drain(announce=0.5, timeout=10, spread=5)
+        report = await server.drain(announce=1, timeout=10, spread=5)
         await health.close()
         print(f"drained: {report}")
 
