@@ -46,10 +46,10 @@ nitpick_ignore_regex = [
     ("py:exc", r"CannotListenError"),
     # Type variables and aliases of signatures; the reference explains them.
     ("py:class", r"(tcpsvc\.where\.)?(AddressT|ListeningOnT)"),
-    ("py:class", r"OnHandlerError|StreamHandler|SockHandler"),
+    ("py:class", r"OnHandlerError|StreamHandler|SockHandler|Places|How"),
     # What a signature names and only the inside uses.
     ("py:class", r"tcpsvc\.connection\.Connection|tcpsvc\.testing\._HasCleanup"),
-    ("py:class", r"tcpsvc\.writer\.Output"),
+    ("py:class", r"tcpsvc\.writer\.Output|tcpsvc\.listeners\.Listeners"),
 ]
 
 # In annotations an interface shows as its name, not as <InterfaceClass name>.
@@ -89,9 +89,9 @@ class AutoInterface(SphinxDirective):
 
 # Docstrings cite clauses as "(spec H3)", "(S1 to S3)", "(D)".
 _CITATION = re.compile(
-    r"\((?:spec )?[WAHEDSPXI]\d*(?:(?:, | to | and )[WAHEDSPXI]\d*)*\)"
+    r"\((?:spec )?[WAHEDSPXILZ]\d*(?:(?:, | to | and )[WAHEDSPXILZ]\d*)*\)"
 )
-_CLAUSE = re.compile(r"[WAHEDSPXI]\d*")
+_CLAUSE = re.compile(r"[WAHEDSPXILZ]\d*")
 
 
 def _link_clauses(

@@ -2,11 +2,14 @@
 A TCP and UNIX-socket server for Twisted, after Jane Street Async's ``Tcp.Server``.
 """
 
+from tcpsvc.drain_options import DrainOptions
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
 from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import log_error
 from tcpsvc.interfaces import IConnection, IObserver, IReader, IServer, IWriter
+from tcpsvc.listener import Listener
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.overflow import Reply
 from tcpsvc.rate import Rate
@@ -33,6 +36,8 @@ __all__ = [
     "BufferAgeLimitExceeded",
     "ConnectionGone",
     "ConnectionSnapshot",
+    "DrainOptions",
+    "DrainReport",
     "IConnection",
     "IObserver",
     "IReader",
@@ -40,6 +45,7 @@ __all__ = [
     "IWriter",
     "InetAddress",
     "InetServer",
+    "Listener",
     "Observer",
     "Options",
     "Rate",

@@ -7,13 +7,13 @@ are refused, :mod:`tcpsvc.refusing`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tcpsvc.options import Settings
 from tcpsvc.peers import Key, Peers
 from tcpsvc.rate import TokenBucket
-from tcpsvc.reasons import LIMITS, Reason
+from tcpsvc.reasons import Reason
 
 
 class Admission:
@@ -29,31 +29,53 @@ class Admission:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._peers = Peers()
-        #: Whom live connections count for.
+        #: Whom connections count for.
         self._keys: dict[int, Key] = {}
         self._bucket: TokenBucket | None = None
-        self.change(settings)
+        self.counts_peers = False
+        self.change(settings, (), 0.0)
 
-    def change(self, settings: Settings) -> None:
-        """Other limits, for the next client. Who is there stays."""
-        self._settings = settings
+    def change(self, settings: Settings, present: Iterable[Any], now: float) -> None:
+        """
+        Other limits, for the next client. Who is there stays, and counts for its
+        peer as if it had always been so; but its coming took no token.
+
+        :param present: the connections that are there.
+        """
+        before, self._settings = self._settings, settings
+        counted = self.counts_peers
+        self.counts_peers = (
+            settings.max_connections_per_peer is not None
+            or settings.accept_rate_per_peer is not None
+        )
+        if (
+            self.counts_peers is not counted
+            or settings.peer_prefixes != before.peer_prefixes
+        ):
+            self._recount(settings, present)
         self._peers.change(
             max_connections=settings.max_connections_per_peer,
             rate=settings.accept_rate_per_peer,
             prefixes=settings.peer_prefixes,
-        )
-        self.counts_peers = (
-            settings.max_connections_per_peer is not None
-            or settings.accept_rate_per_peer is not None
         )
         self.asks = (
             self.counts_peers or settings.allow is not None or bool(settings.deny)
         )
         if settings.accept_rate is None:
             self._bucket = None
-        elif self._bucket is None or self._bucket.rate != settings.accept_rate:
+        elif self._bucket is None:
             self._bucket = TokenBucket(settings.accept_rate)
+        elif self._bucket.rate != settings.accept_rate:
+            self._bucket.change(settings.accept_rate, now)
         self.counts = self.counts_peers or self._bucket is not None
+
+    def _recount(self, settings: Settings, present: Iterable[Any]) -> None:
+        for key in self._keys.values():
+            self._peers.leave(key)
+        self._keys.clear()
+        self._peers.change(rate=None, prefixes=settings.peer_prefixes)
+        for connection in present:
+            self.enter(connection, host_of(connection.peer), 0.0)
 
     def refusal(
         self, host: str | None, now: float, in_dry_run: Callable[[Reason], object]
@@ -67,27 +89,33 @@ class Admission:
         if host is None:
             return None
         settings = self._settings
+        would_deny = False
         if settings.allow is not None and host not in settings.allow:
             if "allow" not in settings.dry_run:
                 return Reason.DENIED
-            in_dry_run(Reason.DENIED)
+            would_deny = True
         if settings.deny and host in settings.deny:
             if "deny" not in settings.dry_run:
                 return Reason.DENIED
+            would_deny = True
+        if would_deny:
             in_dry_run(Reason.DENIED)
         if not self.counts_peers:
             return None
-        refused_by = self._peers.refusal(self._peers.key_of(host), now)
-        if refused_by is None:
-            return None
-        limit = (
-            "max_connections_per_peer"
-            if refused_by == "connections"
-            else "accept_rate_per_peer"
-        )
-        if limit not in settings.dry_run:
-            return LIMITS[limit]
-        in_dry_run(LIMITS[limit])
+        peers = self._peers
+        key = peers.key_of(host)
+        refused_by = peers.refusal(key, now)
+        if refused_by == "connections":
+            if "max_connections_per_peer" not in settings.dry_run:
+                return Reason.PEER_CONNECTIONS
+            in_dry_run(Reason.PEER_CONNECTIONS)
+            # The other limit is still to be asked.
+            if peers.comes_too_often(key, now):
+                refused_by = "rate"
+        if refused_by == "rate":
+            if "accept_rate_per_peer" not in settings.dry_run:
+                return Reason.PEER_RATE
+            in_dry_run(Reason.PEER_RATE)
         return None
 
     def enter(self, connection: Any, host: str | None, now: float) -> None:
@@ -103,21 +131,26 @@ class Admission:
             if key is not None:
                 self._peers.leave(key)
 
-    def wait(self, now: float, in_dry_run: Callable[[Reason], object]) -> float:
+    def take_token(self, now: float, in_dry_run: Callable[[], object]) -> None:
         """
         A client was accepted.
 
-        :returns: how many seconds the next one is to wait for.
+        :param in_dry_run: told if it would have had to wait.
         """
-        bucket = self._bucket
-        if bucket is None:
+        if (
+            self._bucket is not None
+            and not self._bucket.take(now)
+            and "accept_rate" in self._settings.dry_run
+        ):
+            in_dry_run()
+
+    def wait(self, now: float) -> float:
+        """
+        :returns: how many seconds the next client is to wait for.
+        """
+        if self._bucket is None or "accept_rate" in self._settings.dry_run:
             return 0.0
-        had_token = bucket.take(now)
-        if "accept_rate" not in self._settings.dry_run:
-            return bucket.wait(now)
-        if not had_token:
-            in_dry_run(Reason.ACCEPT_RATE)
-        return 0.0
+        return self._bucket.wait(now)
 
     def describe(self) -> dict[str, Any]:
         """What is known of peers, as JSON has it."""

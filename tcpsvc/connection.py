@@ -66,6 +66,10 @@ class Owner(Protocol):
         """Whether no handler may start any more."""
 
     @property
+    def is_draining(self) -> bool:
+        """Whether handlers were told that the server drains."""
+
+    @property
     def is_listening_anywhere(self) -> bool:
         """Whether its own address may be another than the listener's."""
 
@@ -143,6 +147,7 @@ class Connection(Generic[AddressT]):
         "_moved",
         "_running",
         "_socket_closed",
+        "_when_draining",
         "id",
         "is_accepted",
         "is_socket_closed",
@@ -176,6 +181,7 @@ class Connection(Generic[AddressT]):
         self._is_delivering = False
         self.is_socket_closed = False
         self._socket_closed: Event | None = None
+        self._when_draining: Event | None = None
 
     # What a kind of connection says and does.
 
@@ -201,6 +207,11 @@ class Connection(Generic[AddressT]):
     @property
     def _has_eof(self) -> bool:
         """Whether the client has ended its side."""
+        return False
+
+    @property
+    def had_eof_of_drain(self) -> bool:
+        """Whether its reader is at EOF because the server drains."""
         return False
 
     # Transitions.
@@ -285,9 +296,12 @@ class Connection(Generic[AddressT]):
             return
         self.is_ended = True
         _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
-        self.ends_because(reason)
+        self.ends_because(reason)  # Also of one whose socket is closed already.
+        if self._handler_state == "waiting":
+            self._handler_state = "refused"  # It has none that could be cancelled.
         self.close(reason)
         self.cancel_handler()
+        self._release_if_over()
 
     def uncount(self) -> None:
         """
@@ -345,18 +359,14 @@ class Connection(Generic[AddressT]):
         self._running = None
         outcome = "finished"
         if failure is None:
-            self.ends_because(Reason.EOF if self._has_eof else Reason.FINISHED)
+            self.ends_because(self._why_it_returned())
         elif failure.check(*STOPPING):
             outcome = "failed"
             self.ends_because(Reason.ERROR)
             self._stops_reactor(failure)
         elif self._is_ordinary_end(failure):
             outcome = "left"
-            # A reset was noted when it was seen. What else was gone, the handler had
-            # closed itself.
-            if not isinstance(failure.value, ConnectionGone):
-                self.ends_because(Reason.CANCELLED)
-            self.ends_because(Reason.EOF if self._has_eof else Reason.FINISHED)
+            self.ends_because(self._why_it_left(failure.value))
             _log.debug(
                 "handler of {peer} left with {error}",
                 peer=self.peer,
@@ -371,6 +381,22 @@ class Connection(Generic[AddressT]):
         if not self.is_socket_closed:
             self._finish()
         self._release_if_over()
+
+    def _why_it_returned(self) -> Reason:
+        if self._handler_cancelled:
+            return Reason.CANCELLED
+        if self.had_eof_of_drain:
+            return Reason.DRAINED
+        return Reason.EOF if self._has_eof else Reason.FINISHED
+
+    def _why_it_left(self, error: BaseException | None) -> Reason:
+        if isinstance(error, ConnectionGone):
+            # A reset was noted when it was seen. What else is gone, the handler had
+            # closed itself.
+            return Reason.EOF if self._has_eof else Reason.FINISHED
+        if isinstance(error, asyncio.IncompleteReadError):
+            return Reason.DRAINED
+        return Reason.CANCELLED
 
     def _stops_reactor(self, failure: Failure) -> None:
         if self._error is not None and self._error.value is not failure.value:
@@ -483,10 +509,43 @@ class Connection(Generic[AddressT]):
         if isinstance(error, ConnectionGone):
             return getattr(error, "connection", None) is self
         if isinstance(error, asyncio.IncompleteReadError):
-            return self._is_closed_with_the_server
+            return self._is_closed_with_the_server or self.had_eof_of_drain
         return False
 
+    # The drain of the server.
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server drains, and its handler should come to an end."""
+        return self._factory.is_draining
+
+    def when_draining(self) -> Deferred[None]:
+        """
+        :returns: a Deferred of one's own that fires when :attr:`draining` becomes
+            true. It never does if the connection is over before.
+        """
+        if self._when_draining is None:
+            self._when_draining = Event()
+            if self.draining:
+                self._when_draining.happen()
+        return self._when_draining.wait()
+
+    def tell_of_drain(self) -> None:
+        """The server drains. It may be told again."""
+        if self._when_draining is not None:
+            self._when_draining.happen()
+
     # What is known of it.
+
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether its handler is a coroutine or Deferred that has not ended."""
+        return self._running is not None
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the handler has not started, and still may."""
+        return self._handler_state == "waiting"
 
     @property
     def is_running(self) -> bool:

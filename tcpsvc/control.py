@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 
 from tcpsvc.connection import Connection
 from tcpsvc.factory import ServerFactory
+from tcpsvc.options import limits_text
 from tcpsvc.snapshot import ConnectionSnapshot
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Control:
         return self._factory.when_connections(condition)
 
     # Changes.
+
+    @property
+    def limits(self) -> str:
+        """The limits that there are, in a line, for a log."""
+        return limits_text(self._factory.settings)
 
     def change(self, **options: Unpack[StreamOptions]) -> None:
         """

@@ -74,19 +74,20 @@ class Daemon(MultiService):
     def abandon(self) -> None:
         """The process ends before it has served: leave no path behind."""
         for service in self.services_of_tcp():
-            if service.server is not None:
-                service.server.abandon()
+            service.abandon()
 
     def _watch(self, service: TcpService) -> None:
         server = service.server
         assert server is not None
         if self._prints:
             # By now twistd's log has taken the place of sys.stdout.
-            print(
-                f"listening on {address_text(server.listening_on_address)}",
-                file=sys.__stdout__,
-                flush=True,
-            )
+            for listener in server.listeners:
+                print(
+                    f"listening on {address_text(listener.address)}",
+                    file=sys.__stdout__,
+                    flush=True,
+                )
+        _log.info("limits: {limits}", limits=server.limits)
         server.failed().addErrback(self._failed)
 
     def _cannot_listen(self, _: Failure) -> None:

@@ -1,130 +1,304 @@
 """
-Stopping without losing a client: stop accepting, wait, and in the end insist.
+Stopping without losing a client: announce it, stop accepting, wait, and in the end
+insist.
+
+The phases, each with a deadline of its own (see :class:`tcpsvc.DrainOptions`)::
+
+    announcing ──announce──▶ finishing ──timeout──▶ spreading ──spread──▶ closing
+    still accepts            accepts nobody,        closes what           all is
+                             handlers are told      is left, bit by bit   closed
+                                                                            │ grace
+                              over ◀──grace── cancelling ◀──────────────────┘
+               resets what is open,           handlers that
+               gives up what still runs       still run
+
+It is over at once, in whichever phase, when nothing is live any more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from enum import Enum
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from tcpsvc._waiters import Event
-from tcpsvc.server import Server
-from tcpsvc.where import address_text
+from tcpsvc.connection import Connection
+from tcpsvc.drain_lines import NEAR, Lines
+from tcpsvc.drain_options import Durations
+from tcpsvc.drain_report import DrainReport, Tally
+from tcpsvc.factory import ServerFactory
+from tcpsvc.reasons import Reason
+from tcpsvc.where import addresses_text
 
-#: How often it says what remains, in seconds.
-REPORT_INTERVAL = 1.0
+#: How often at most it closes some of what is left while it spreads that, in seconds.
+SPREAD_INTERVAL = 0.02
 
-#: How long handlers have to end after their connections were closed, and again
-#: after they were cancelled, in seconds.
-GRACE = 1.0
+
+class Drained(Protocol):
+    """What is asked of a server."""
+
+    @property
+    def listeners(self) -> Iterable[Any]: ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def close(self) -> Deferred[None]: ...
+
+    def close_finished(self) -> Deferred[None]: ...
+
+    def close_finished_and_handlers_determined(self) -> Deferred[None]: ...
+
+
+class Phase(Enum):
+    """Where a drain is, and which option its deadline comes from."""
+
+    NEW = "new"
+    ANNOUNCING = "announcing"
+    FINISHING = "finishing"
+    SPREADING = "spreading"
+    CLOSING = "closing"
+    CANCELLING = "cancelling"
+    OVER = "over"
+
+
+_OPTIONS = {
+    Phase.ANNOUNCING: "announce",
+    Phase.FINISHING: "timeout",
+    Phase.SPREADING: "spread",
+    Phase.CLOSING: "grace",
+    Phase.CANCELLING: "grace",
+}
 
 
 class Drain:
     """
-    Closes a server and sees it to its end:
+    Closes a server and sees it to its end. It does nothing before :meth:`begin`.
 
-    1. it accepts nobody any more; handlers go on, and once a second a line says
-       how many connections remain;
-    2. when the time is up, or at :meth:`force`, what is left is closed;
-    3. handlers that still run after :data:`GRACE` are cancelled;
-    4. those that still run after another one are given up, with a line.
+    Handlers, observers and whoever waits are called in the midst of it, and may call
+    it: so after each such call it looks at its phase again.
 
-    :param server: the server; it is closed at once.
-    :param timeout: seconds until the second step; ``None`` for never.
+    :param server: the server.
+    :param factory: the server's: what is live, who is told.
+    :param durations: how long each phase lasts.
     """
 
-    _log = Logger(namespace="tcpsvc")
-
-    def __init__(self, server: Server[Any, Any], timeout: float | None) -> None:
+    def __init__(
+        self, server: Drained, factory: ServerFactory, durations: Durations
+    ) -> None:
         self._server = server
-        self._timeout = timeout
-        self._clock = server.clock
-        self._since = self._clock.seconds()
-        self._timer: IDelayedCall | None = None
+        self._factory = factory
+        self._clock = factory.clock
+        self._durations = durations
+        self._phase = Phase.NEW
         self._is_forced = False
-        self._is_cancelled = False
-        self._when_done = Event()
-        server.close()
-        server.close_finished_and_handlers_determined().addCallback(self._done)
-        if not self._when_done.has_happened:
-            self._wait()
+        self._began_at = self._now()
+        #: When the phase is over.
+        self._ends_at = math.inf
+        #: When some were closed last, while it spreads that.
+        self._spread_at = 0.0
+        self._timer: IDelayedCall | None = None
+        # What was on its way to a reader then may have been no whole message after
+        # all, and a handler may have asked for EOF since.
+        self._lines = Lines(
+            addresses_text(listener.address for listener in server.listeners),
+            factory,
+            each_second=factory.tell_of_drain,
+        )
+        self._tally = Tally(self._clock)
+        self._report = DrainReport()
+        self._when_over = Event()
 
-    def when_done(self) -> Deferred[None]:
+    def when_over(self) -> Deferred[DrainReport]:
         """
-        :returns: a Deferred of one's own that fires when the drain is over.
+        :returns: a Deferred of one's own that fires with the report at the end.
+            Cancelling it ends the waiting only.
         """
-        return self._when_done.wait()
+        return self._when_over.wait().addCallback(lambda _: self._report)
+
+    def begin(self) -> None:
+        """The first phase."""
+        self._factory.events.server_draining()
+        if self._server.is_closed or not self._durations.announce:
+            self._stop_accepting()
+            return
+        self._phase = Phase.ANNOUNCING
+        self._lines.announcing(self._durations.announce)
+        # Somebody else's close, or a handler's error, ends the announcement.
+        self._server.close_finished().addCallback(self._port_closed)
+        self._wait(self._durations.announce)
+
+    def shorten(self, by: dict[str, float]) -> None:
+        """
+        Give phases that are to come, and the one it is in, less time from now on;
+        never more.
+
+        :param by: seconds, by the names of the options.
+        """
+        self._durations = self._durations.shortened(by)
+        seconds = by.get(_OPTIONS.get(self._phase, ""), math.inf)
+        if self._now() + seconds < self._ends_at:
+            self._wait(seconds)
 
     def force(self) -> None:
-        """The time is up: close what is left, and cancel at once."""
-        if not self._when_done.has_happened and not self._is_cancelled:
-            self._close_connections(grace=0.0)
-
-    def _wait(self) -> None:
-        self._timer = None
-        waited = self._clock.seconds() - self._since
-        if self._timeout is not None and waited >= self._timeout:
-            self._close_connections(GRACE)
+        """
+        The time is up: close, cancel and reset what is left, at once. Handlers have
+        one grace to end, then they are given up.
+        """
+        if self._is_forced or self._phase is Phase.OVER:
             return
-        if self._remaining():
-            self._log.info(
-                "{address}: draining, {remaining} remain, "
-                "waited {waited:.0f} s of {timeout}",
-                address=address_text(self._server.listening_on_address),
-                remaining=self._remaining(),
-                waited=waited,
-                timeout="any" if self._timeout is None else f"{self._timeout:g} s",
-            )
-        pause = REPORT_INTERVAL
-        if self._timeout is not None:
-            pause = min(pause, self._timeout - waited)
-        self._timer = self._clock.callLater(pause, self._wait)
-
-    def _close_connections(self, grace: float) -> None:
-        self._stop_timer()
-        if not self._is_forced:
-            self._is_forced = True
-            self._log.warn(
-                "{address}: closing {remaining} that remain",
-                address=address_text(self._server.listening_on_address),
-                remaining=self._remaining() or "0 connections",
-            )
-            self._server.close(close_existing_connections=True)
-        if not self._when_done.has_happened:
-            self._timer = self._clock.callLater(grace, self._cancel_handlers)
-
-    def _cancel_handlers(self) -> None:
-        self._is_cancelled = True
-        self._timer = self._clock.callLater(GRACE, self._give_up)
-        self._server.cancel_handlers()
-
-    def _give_up(self) -> None:
-        self._timer = None
-        self._log.error(
-            "{address}: {remaining} do not end, not even when cancelled; "
-            "not waiting for them",
-            address=address_text(self._server.listening_on_address),
-            remaining=self._remaining("handlers"),
+        self._is_forced = True
+        self._durations = replace(
+            self._durations, announce=0.0, timeout=0.0, spread=0.0
         )
-        self._when_done.happen()
+        if self._phase is Phase.CANCELLING:
+            self._abort()
+        elif self._phase is not Phase.NEW:
+            self._go_on()
 
-    def _remaining(self, what: str = "connections") -> str:
-        """What is waited for, for a line of the log; nothing when nothing is."""
-        remaining = []
-        if self._server.num_connections:
-            remaining.append(f"{self._server.num_connections} {what}")
-        if self._server.is_reporting_errors:
-            remaining.append("calls of on_handler_error")
-        return " and ".join(remaining)
+    # Deadlines.
 
-    def _done(self, _: object) -> None:
+    def _now(self) -> float:
+        return float(self._clock.seconds())
+
+    def _wait(self, seconds: float) -> None:
+        """The phase that it is in is over then."""
+        if self._phase is not Phase.OVER:
+            self._spread_at = self._now()
+            self._ends_at = self._spread_at + seconds
+            self._lines.until = self._ends_at
+            self._wait_on()
+
+    def _wait_on(self) -> None:
         self._stop_timer()
-        self._when_done.happen()
+        left = self._ends_at - self._now()
+        if left <= NEAR:
+            self._go_on()
+        elif left < math.inf:
+            if self._phase is Phase.SPREADING:
+                each = left / max(1, len(self._open()))
+                left = min(left, max(SPREAD_INTERVAL, each))
+            self._timer = self._clock.callLater(left, self._timed_out)
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        if self._phase is Phase.SPREADING:
+            self._close_some()
+        if self._timer is None and self._phase is not Phase.OVER:
+            self._wait_on()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _go_on(self) -> None:
+        """From one phase to the next."""
+        self._stop_timer()
+        if self._phase is Phase.ANNOUNCING:
+            self._stop_accepting()
+        elif self._phase is Phase.FINISHING:
+            self._begin_to_close()
+        elif self._phase is Phase.SPREADING:
+            self._close()
+        elif self._phase is Phase.CLOSING:
+            self._cancel()
+        elif self._phase is Phase.CANCELLING:
+            self._give_up()
+
+    # The phases.
+
+    def _port_closed(self, _: None) -> None:
+        if self._phase is Phase.ANNOUNCING:
+            self._go_on()
+
+    def _stop_accepting(self) -> None:
+        self._phase = Phase.FINISHING
+        self._ends_at = math.inf
+        self._tally = Tally(self._clock)
+        self._factory.add_observer(self._tally)
+        self._factory.start_accepted()
+        self._server.close()
+        ended = self._server.close_finished_and_handlers_determined()
+        ended.addCallback(lambda _: self._finish())
+        if self._phase is Phase.FINISHING:
+            self._factory.tell_of_drain()
+        if self._phase is Phase.FINISHING:
+            self._lines.begin(self._durations.timeout)
+            self._wait(self._durations.timeout)
+
+    def _begin_to_close(self) -> None:
+        self._phase = Phase.SPREADING
+        spread = self._durations.spread if self._open() else 0.0
+        self._lines.closing(spread)
+        self._wait(spread)
+
+    def _close_some(self) -> None:
+        """As many as are due, so that the last is closed when the phase is over."""
+        left = self._open()
+        now = self._now()
+        share = (now - self._spread_at) / (self._ends_at - self._spread_at)
+        self._spread_at = now
+        for connection in left[: max(1, round(len(left) * share))]:
+            self._close_one(connection)
+        if self._phase is Phase.SPREADING and not self._open():
+            self._go_on()
+
+    def _close(self) -> None:
+        self._phase = Phase.CLOSING
+        self._lines.end()
+        for connection in self._open():
+            self._close_one(connection)
+        if self._phase is Phase.CLOSING:
+            self._wait(0.0 if self._is_forced else self._durations.grace)
+
+    def _close_one(self, connection: Connection[Any]) -> None:
+        if not connection.is_socket_closed:
+            self._tally.note(connection, "closed")
+            connection.close(Reason.DRAINED)
+
+    def _cancel(self) -> None:
+        self._phase = Phase.CANCELLING
+        self._ends_at = math.inf
+        for connection in self._factory.connections:
+            if connection.is_cancellable:
+                self._tally.note(connection, "cancelled")
+                connection.cancel_handler()
+        if self._is_forced:
+            self._abort()
+        if self._phase is Phase.CANCELLING:
+            self._wait(self._durations.grace)
+
+    def _abort(self) -> None:
+        for connection in self._open():
+            self._tally.note(connection, "aborted")
+            connection.abort()
+
+    def _give_up(self) -> None:
+        self._ends_at = math.inf
+        self._abort()
+        # Else it waits for nothing but the listening socket.
+        if self._phase is not Phase.OVER and self._lines.remaining():
+            self._lines.given_up()
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._phase is Phase.OVER:
+            return
+        self._phase = Phase.OVER
+        self._stop_timer()
+        self._lines.end()
+        self._factory.remove_observer(self._tally)
+        self._report = self._tally.report(self._factory.connections)
+        self._lines.drained(self._now() - self._began_at, self._report)
+        self._factory.events.server_drained(self._report)
+        self._when_over.happen()
+
+    def _open(self) -> list[Connection[Any]]:
+        """Those whose sockets are open."""
+        return [c for c in self._factory.connections if not c.is_socket_closed]

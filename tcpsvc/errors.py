@@ -46,4 +46,8 @@ class BufferAgeLimitExceeded(ConnectionGone):
 
 
 class ServerClosed(RuntimeError):
-    """The server's listening socket is asked for after it was closed (spec X6)."""
+    """
+    The server is closed, or paused with its sockets closed, and something was asked
+    of it that it cannot do any more (spec X6, Z5): its listening socket, a pause, or
+    to go on.
+    """

@@ -4,58 +4,96 @@ Which connection goes when another is to come in: the one that was idle for long
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import deque
 from typing import Any
+
+from tcpsvc.slots import Slots
 
 #: How long a ranking is good for, in seconds: as exact as what is known of idleness.
 RANKING_LASTS = 1.0
 
+#: A new one is made before that when this part of the last one's has gone, else the
+#: flood of newcomers would have every connection looked at for each of them.
+_USED_UP = 1 / 4
+
 
 class Eviction:
     """
-    Chooses whom to evict. All are ranked at once, and that ranking is used up: a flood
-    of newcomers does not have every connection looked at for each of them.
+    Chooses whom to evict. All are ranked at once, and that ranking is used up; who
+    has moved a byte since is passed over, while there is anybody else.
+
+    It knows connections by their ids: it is not to hold those that are over.
+
+    :param slots: who is there.
     """
 
-    def __init__(self) -> None:
-        self._ranking: list[Any] = []
-        self._ranked_at = 0.0
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        #: When each was last seen to have moved a byte, and its id; the latest first.
+        self._ranking: list[tuple[float, int]] = []
+        #: Ids of those that were passed over; the latest last.
+        self._passed_over: deque[int] = deque()
+        self._ranked_at = -math.inf
+        #: How many of the ranking may go before there may be a new one.
+        self._left = 0.0
         #: Ids of live connections that were chosen.
         self._evicted: set[int] = set()
 
     @property
     def under_way(self) -> int:
-        """How many were chosen and are not over."""
+        """How many were chosen and still hold their slots."""
         return len(self._evicted)
 
-    def choose(self, connections: Iterable[Any], now: float) -> Any:
+    def choose(self, now: float) -> Any:
         """
-        :param connections: those that hold slots.
         :param now: the time.
         :returns: the one to evict, which counts as chosen; ``None`` when all have been.
         """
-        if now - self._ranked_at >= RANKING_LASTS:
-            self._ranking.clear()
-        while True:
-            while self._ranking:
-                last, connection = self._ranking.pop()
-                if (
-                    not connection.is_over
-                    and connection.id not in self._evicted
-                    and connection.look(now) == last
-                ):
-                    self._evicted.add(connection.id)
-                    return connection
-            candidates = [c for c in connections if c.id not in self._evicted]
-            if not candidates:
-                return None
-            self._ranked_at = now
-            self._ranking = sorted(
-                ((c.look(now), c) for c in candidates),
-                key=lambda ranked: (ranked[0], ranked[1].id),
-                reverse=True,
-            )
+        if not 0 <= now - self._ranked_at < RANKING_LASTS:
+            self._rank(now)
+        chosen = self._next(now)
+        if chosen is None and self._left > 0:
+            while self._passed_over and chosen is None:
+                chosen = self._candidate(self._passed_over.popleft())
+        if chosen is None:
+            self._rank(now)
+            chosen = self._next(now)
+        if chosen is not None:
+            self._left -= 1
+            self._evicted.add(chosen.id)
+        return chosen
+
+    def _rank(self, now: float) -> None:
+        self._ranked_at = now
+        self._passed_over.clear()
+        self._ranking = sorted(
+            (
+                (connection.look(now), number)
+                for number, connection in self._slots.live.items()
+                if self._candidate(number) is not None
+            ),
+            reverse=True,
+        )
+        self._left = len(self._ranking) * _USED_UP
+
+    def _next(self, now: float) -> Any:
+        while self._ranking:
+            last, number = self._ranking.pop()
+            connection = self._candidate(number)
+            if connection is None:
+                continue
+            if connection.look(now) == last:
+                return connection
+            self._passed_over.append(number)
+        return None
+
+    def _candidate(self, id: int) -> Any:
+        connection = self._slots.live.get(id)
+        if connection is None or id in self._evicted:
+            return None
+        return connection if self._slots.holds(connection) else None
 
     def forget(self, connection: Any) -> None:
-        """It is over."""
+        """It holds no slot any more."""
         self._evicted.discard(connection.id)

@@ -11,7 +11,7 @@ client may be accepted, :meth:`ServerFactory.refusal_of` whether it is sent away
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.networks import Networks
@@ -58,7 +59,7 @@ from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import address_text
+from tcpsvc.where import addresses_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +72,10 @@ _LIMITS_OF = {
     reason: {name for name, limit in LIMITS.items() if limit is reason}
     for reason in LIMITS.values()
 }
+
+
+#: Refusals of which there is no warning: asked for, or said already.
+_SAID_ELSEWHERE = (Reason.DROPPED, Reason.UNSERVED, Reason.SHED)
 
 
 class ServerFactory(protocol.ServerFactory):
@@ -114,9 +119,13 @@ class ServerFactory(protocol.ServerFactory):
             self.add_observer(observer)
         self.is_dropping = settings.drop_incoming_connections
         self.is_closed = False
+        #: Whether handlers were told that the server drains.
+        self.is_draining = False
+        #: Whether a server's pause lets nobody in for now (spec Z1).
+        self.is_paused = False
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
-        self._eviction = Eviction()
+        self._eviction = Eviction(self.slots)
         self._replies = Replies(self)
         self._timeouts = Timeouts(settings)
         self._conditions = Conditions()
@@ -135,13 +144,15 @@ class ServerFactory(protocol.ServerFactory):
         self._told: dict[int, set[Reason]] = {}
         #: Accepted clients are to be this few until then, for accept_rate.
         self._rate_wait: IDelayedCall | None = None
-        #: Whether a gate asks before it accepts.
-        self.is_gated = False
+        #: Whether a gate has asked about the next client.
+        self._is_judged = False
         #: What the next client is told instead of being served.
         self._reply: Reply | None = None
         #: Accepted by a port that cannot be told to stop; none holds a slot.
         self._held: deque[Any] = deque()
         self._held_unconnected: dict[int, Any] = {}
+        #: Ids of those of them that came when accept_rate allowed none.
+        self._too_early: set[int] = set()
         self._starts = Starts(reactor)
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
@@ -150,9 +161,13 @@ class ServerFactory(protocol.ServerFactory):
         self._warned_at: dict[Reason | str, float] = {}
         self._when_over = Event()
         self._has_server = False
+        #: The server that listens with it, for ``on_accept_error``.
+        self.server: Any = None
+        #: What happens when a gate's accept fails.
+        self.exhaustion = Exhaustion(self, self._place_found)
         self._on_place: Callable[[], None] = _nothing
         self._on_descriptor_closed: Callable[[], None] = _nothing
-        self._listening_on: Callable[[], object] = _nothing
+        self._addresses: Callable[[], Sequence[object]] = tuple
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -268,19 +283,15 @@ class ServerFactory(protocol.ServerFactory):
         self.settings = settings
         self._failures.policy = settings.on_handler_error
         self.slots.limit = settings.max_connections
-        counted = self._admission.counts_peers
-        self._admission.change(settings)
-        if self._admission.counts_peers and not counted:
-            now = self.clock.seconds()
-            for connection in self._live.values():
-                self._admission.enter(connection, host_of(connection.peer), now)
+        present = [*self._live.values(), *self._held, *self._held_unconnected.values()]
+        self._admission.change(settings, present, self.clock.seconds())
         self._timeouts.change(settings)
         self._limit_as_set()
-        if (
-            settings.accept_rate != before.accept_rate
-            or "accept_rate" in settings.dry_run
+        self.exhaustion.update_reserve()
+        if settings.accept_rate != before.accept_rate or "accept_rate" in (
+            settings.dry_run ^ before.dry_run
         ):
-            self._stop_waiting_for_rate()
+            self._wait_for_rate()
         self._place_found()
 
     def set_handler(self, handler: Any) -> None:
@@ -364,9 +375,17 @@ class ServerFactory(protocol.ServerFactory):
             self._refuse_held(Reason.DROPPED)
         self._on_place()
 
+    def set_paused(self, paused: bool) -> None:
+        """
+        Let nobody in for now, not even to drop them, or go on. A port that cannot
+        be gated accepts nevertheless: whom it accepts is held.
+        """
+        self.is_paused = paused
+        self._place_found()
+
     def has_place(self) -> bool:
         """Whether the next client may be accepted. The rule of the gate."""
-        if self.is_closed:
+        if self.is_closed or self.is_paused:
             return False
         if self.is_dropping:
             return True
@@ -380,22 +399,39 @@ class ServerFactory(protocol.ServerFactory):
         if "max_connections" in self.settings.dry_run:
             return True
         if overflow == "evict":
-            return self.slots.taken > self._eviction.under_way
+            under_way = self._eviction.under_way
+            return self.slots.taken > under_way or under_way > self._waiting_for_slots
         return overflow != "hold"
 
-    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None:
+    @property
+    def _is_full(self) -> bool:
+        """Whether whoever is accepted has to wait for a slot."""
+        return self.slots.is_full and "max_connections" not in self.settings.dry_run
+
+    @property
+    def _waiting_for_slots(self) -> int:
+        """How many that were accepted wait for nothing but a slot."""
+        held = len(self._held) + len(self._held_unconnected)
+        return held - len(self._too_early)
+
+    def refusal_of(
+        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
+    ) -> tuple[Reason, Refusal] | None:
         """
         Whether an accepted client is to be sent away, why and how.
 
         :param host: its IP address; ``None`` for a UNIX client.
+        :param address: its address, or what makes it:
+        :param address_of: called with that when somebody is to be told of it.
         """
+        self._is_judged = True
         if self.is_dropping:
             return Reason.DROPPED, "drop"
         if self._admission.asks:
             reason = self._admission.refusal(
                 host,
                 self.clock.seconds(),
-                lambda reason: self._in_dry_run(host, reason),
+                lambda reason: self._in_dry_run(address_of(address), reason),
             )
             if reason is not None:
                 return reason, self.settings.refusal
@@ -403,28 +439,34 @@ class ServerFactory(protocol.ServerFactory):
             return None
         overflow = self.settings.overflow
         if "max_connections" in self.settings.dry_run:
-            self._in_dry_run(host, Reason.OVERFLOW)
+            self._in_dry_run(address_of(address), Reason.OVERFLOW)
         elif overflow == "evict":
-            self._evict()
+            # One that has come too early evicts nobody before its time.
+            if self._rate_wait is None and not self._too_early:
+                self._make_room(1)
         elif overflow != "hold":
             return Reason.OVERFLOW, overflow
         return None
 
-    def _evict(self) -> None:
+    def _make_room(self, newcomers: int) -> None:
+        """Evict as many as newcomers, and those who wait, need to get slots."""
+        slots = self.slots
+        wanted = self._waiting_for_slots + newcomers
         now = self.clock.seconds()
-        victim = self._eviction.choose(
-            (c for c in self._live.values() if self.slots.holds(c)), now
-        )
-        if victim is not None:
+        for _ in range(wanted - slots.limit + slots.taken - self._eviction.under_way):
+            victim = self._eviction.choose(now)
+            if victim is None:
+                return
             victim.end(Reason.EVICTED)
 
     def refused(self, address: Any, reason: Reason) -> None:
         """A client was sent away."""
+        self._is_judged = False
         self.events.connection_refused(address, reason)
-        if reason not in (Reason.DROPPED, Reason.UNSERVED) and self._may_warn(reason):
+        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
             self._log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 reason=reason.value,
                 count=self.counters.refusals[reason.value],
             )
@@ -436,11 +478,14 @@ class ServerFactory(protocol.ServerFactory):
             self._log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 client=address,
                 reason=reason.value,
                 count=self.counters.would_refuse[reason.value],
             )
+
+    def _names(self) -> str:
+        return addresses_text(self._addresses()) or "a server"
 
     def _may_warn(self, of: Reason | str) -> bool:
         """Whether that was not said for a while (spec A3)."""
@@ -462,6 +507,10 @@ class ServerFactory(protocol.ServerFactory):
         self._reply = reply
         return True
 
+    def nothing_to_say(self) -> None:
+        """Whoever was to be told something has been, or never will be."""
+        self._reply = None
+
     @property
     def replies_next(self) -> bool:
         """Whether the next client is told something, and not served."""
@@ -482,12 +531,13 @@ class ServerFactory(protocol.ServerFactory):
             )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
-        if not self.is_gated:
-            refusal = self.refusal_of(host_of(addr))
+        if not self._is_judged:
+            refusal = self.refusal_of(host_of(addr), addr, _itself)
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
+        self._is_judged = False
         connection: Any = self._kind(self, self._next_id(), addr, self.handler)
-        if self._must_hold():
+        if self._has_to_wait(connection):
             connection.hold()
             self._held_unconnected[connection.id] = connection
             return connection
@@ -508,22 +558,43 @@ class ServerFactory(protocol.ServerFactory):
             return self._replies.reply(address, self._next_id(), how)
         return Refuser() if how == "drop" else Aborter()
 
-    def _must_hold(self) -> bool:
-        """Whether an accepted client is to wait for a slot."""
-        if self._held or self._rate_wait is not None:
-            return True
-        return self.slots.is_full and ("max_connections" not in self.settings.dry_run)
+    def _has_to_wait(self, connection: Connection[Any]) -> bool:
+        """
+        A client is to be served; it counts for its peer from now on.
+
+        :returns: whether it is to wait, for a slot or for its time.
+        """
+        if self._admission.counts:
+            now = self.clock.seconds()
+            self._admission.enter(connection, host_of(connection.peer), now)
+            if self._rate_wait is not None or self._too_early:
+                self._too_early.add(connection.id)
+                return True
+            self._take_token(connection, now)
+        return bool(self._held) or self._is_full or self.is_paused
+
+    def _take_token(self, connection: Connection[Any], now: float) -> None:
+        self._admission.take_token(
+            now, lambda: self._in_dry_run(connection.peer, Reason.ACCEPT_RATE)
+        )
+        self._wait_for_rate(now)
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
+        self._is_judged = False
+        if self.is_closed:
+            # By the handler of an evicted connection, say.
+            kernel.close_orderly(client)
+            self.events.connection_refused(address, Reason.UNSERVED)
+            return
         connection: Any = self._kind(
             self, self._next_id(), address, self.handler, client
         )
         self.set_socket_options(client)
-        if self._must_hold():
+        if self._has_to_wait(connection):
             connection.hold()
-            self._held.append(connection)
-            self._place_found()
+            self._held_unconnected[connection.id] = connection
+            self.connected(connection)
             return
         self._admit(connection)
         self._add(connection)
@@ -534,32 +605,42 @@ class ServerFactory(protocol.ServerFactory):
             connection.refuse()
             return
         self._accepted(connection)
-        self._starts.add(connection)
+        self._start_soon(connection)
+
+    def _start_soon(self, connection: Any) -> None:
+        """Start a connection, unless an observer has closed the server."""
+        if self.is_closed:
+            connection.refuse()
+        else:
+            self._starts.add(connection)
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
         held = self._held_unconnected.pop(connection.id, None) is not None
         if held and self.is_closed:
-            self.events.connection_refused(connection.peer, Reason.UNSERVED)
-            connection.close_now()
+            self._dismiss(connection, Reason.UNSERVED)
         elif held:
             self._held.append(connection)
             self._place_found()
-        elif self.is_closed:
-            connection.refuse()
         else:
-            self._starts.add(connection)
+            self._start_soon(connection)
 
     def forget_unconnected(self) -> None:
         """
         Whoever was to connect the newest connection has failed to (a wrapping
         factory): release its slot.
         """
-        connection: Any = self._live.get(self._last_id)
-        if connection is not None and connection.transport is None:
+        newest = self._last_id
+        connection: Any = self._live.get(newest)
+        if connection is not None and getattr(connection, "transport", 0) is None:
             connection.forget()
-        self._held_unconnected.pop(self._last_id, None)
+        connection = self._held_unconnected.pop(newest, None)
+        if connection is not None:
+            self._waits_no_more(connection)
+            self.events.connection_refused(connection.peer, Reason.UNSERVED)
+        self._replies.forget_unconnected(newest)
         self._reply = None
+        self._is_judged = False
 
     def _next_id(self) -> int:
         self._last_id += 1
@@ -570,21 +651,9 @@ class ServerFactory(protocol.ServerFactory):
         may_exceed = "max_connections" in self.settings.dry_run
         self.slots.take(connection, may_exceed=may_exceed)
         self._sweeper.began()
-        if self._admission.counts:
-            self._count(connection)
         if self.slots.is_full:
             self._reached_limit()
         self._conditions.look(self.slots)
-
-    def _count(self, connection: Connection[Any]) -> None:
-        """Count it for its peer, and for the rates."""
-        now = self.clock.seconds()
-        self._admission.enter(connection, host_of(connection.peer), now)
-        wait = self._admission.wait(
-            now, lambda reason: self._in_dry_run(connection.peer, reason)
-        )
-        if wait > 0 and self._rate_wait is None:
-            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -595,9 +664,16 @@ class ServerFactory(protocol.ServerFactory):
         if self.settings.overflow == "hold" and self._may_warn("max_connections"):
             self._log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
-                address=address_text(self._listening_on() or "a server"),
+                address=self._names(),
                 limit=self.max_connections,
             )
+
+    def _wait_for_rate(self, now: float | None = None) -> None:
+        """Have the next client wait until accept_rate allows one."""
+        self._stop_waiting_for_rate()
+        wait = self._admission.wait(self.clock.seconds() if now is None else now)
+        if wait > 0 and not self.is_closed:
+            self._rate_wait = self.clock.callLater(wait, self._rate_allows)
 
     def _rate_allows(self) -> None:
         self._rate_wait = None
@@ -643,16 +719,23 @@ class ServerFactory(protocol.ServerFactory):
         self._maybe_over()
 
     def _place_found(self) -> None:
-        while (
-            self._held
-            and not self.is_closed
-            and self._rate_wait is None
-            and not self.slots.is_full
-        ):
-            connection = self._held.popleft()
-            connection.admitted()
-            self._admit(connection)
-            self._add(connection)
+        while self._held and not self.is_closed and not self.is_paused:
+            connection = self._held[0]
+            if connection.id in self._too_early:
+                if self._rate_wait is not None:
+                    break
+                self._too_early.discard(connection.id)
+                self._take_token(connection, self.clock.seconds())
+                if self._is_full and self.settings.overflow == "evict":
+                    self._make_room(0)
+                # Whoever was told of that may have done anything: look again.
+            elif self._is_full:
+                break
+            else:
+                self._held.popleft()
+                connection.admitted()
+                self._admit(connection)
+                self._add(connection)
         self._on_place()
 
     def hold_starts(self) -> None:
@@ -719,6 +802,19 @@ class ServerFactory(protocol.ServerFactory):
             connection.close()
         return all_of(closed)
 
+    def start_accepted(self) -> None:
+        """Start what was accepted and waits for its turn, which a close would end."""
+        self._starts.start_now()
+
+    def tell_of_drain(self) -> None:
+        """
+        Tell every handler that the server drains: readers that wait at a boundary
+        are at EOF, if that was asked for. Again, it looks for further ones.
+        """
+        self.is_draining = True
+        for connection in list(self._live.values()):
+            connection.tell_of_drain()
+
     def cancel_handlers(self) -> None:
         """Cancel every handler that still runs."""
         for connection in list(self._live.values()):
@@ -743,9 +839,17 @@ class ServerFactory(protocol.ServerFactory):
 
     def _refuse_held(self, reason: Reason) -> None:
         while self._held:
-            connection = self._held.popleft()
-            self.events.connection_refused(connection.peer, reason)
-            connection.close_now()
+            self._dismiss(self._held.popleft(), reason)
+
+    def _dismiss(self, connection: Any, reason: Reason) -> None:
+        self._waits_no_more(connection)
+        self.events.connection_refused(connection.peer, reason)
+        connection.close_now()
+
+    def _waits_no_more(self, connection: Any) -> None:
+        """A connection that never had a slot counts for nobody any more."""
+        self._too_early.discard(connection.id)
+        self._admission.leave(connection)
 
     # Timeouts.
 
@@ -781,14 +885,14 @@ class ServerFactory(protocol.ServerFactory):
         on_place: Callable[[], None],
         on_descriptor_closed: Callable[[], None],
         on_failure: Callable[[], None],
-        listening_on: Callable[[], object],
+        addresses: Callable[[], Sequence[object]],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
         self._has_server = True
         self._on_place = on_place
         self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
-        self._listening_on = listening_on
+        self._addresses = addresses
 
     def set_socket_options(self, connected: Any) -> None:
         """What each connection's socket has (spec A7, A5)."""
@@ -799,13 +903,14 @@ class ServerFactory(protocol.ServerFactory):
             )
 
     def listening_on(self) -> Any:
-        """The listening address, if it is known."""
-        return self._listening_on()
+        """The listening address, where it is known and there is no other."""
+        addresses = self._addresses()
+        return addresses[0] if len(addresses) == 1 else None
 
     @property
     def is_listening_anywhere(self) -> bool:
         """Whether connections may have another own address than the listener's."""
-        return getattr(self._listening_on(), "host", "") in ("", "0.0.0.0", "::")
+        return getattr(self.listening_on(), "host", "") in ("", "0.0.0.0", "::")
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""
@@ -862,9 +967,10 @@ class ServerFactory(protocol.ServerFactory):
         }
         for name, value in options.items():
             options[name] = _as_json(value)
-        policy = options["on_handler_error"]
-        if not isinstance(policy, str):
-            options["on_handler_error"] = getattr(policy, "__qualname__", repr(policy))
+        for name in ("on_handler_error", "on_accept_error"):
+            value = options[name]
+            if callable(value):
+                options[name] = getattr(value, "__qualname__", repr(value))
         return options
 
     def invariant(self) -> None:
@@ -885,6 +991,11 @@ class ServerFactory(protocol.ServerFactory):
             f"<{type(self).__name__} {self.num_connections}/{self.max_connections} "
             f"connections{' closed' if self.is_closed else ''}>"
         )
+
+
+def _itself(address: Any) -> Any:
+    """For an address that is made already."""
+    return address
 
 
 def _nothing(*_: object) -> None:

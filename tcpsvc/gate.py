@@ -5,9 +5,9 @@ A :class:`Gate` stands in a port's ``doRead``. It asks the kernel for a client
 only while there is a place for one, so ``max_connections`` is exact: whoever is
 beyond it waits in the kernel's backlog.
 
-The rule, in one place: a client is accepted while the server is open and either
-drops (a dropped client needs no slot) or has a free slot. Everything that may
-change this calls :meth:`Gate.update`.
+The rule, in one place: a client is accepted while the server is open, is not
+paused, and either drops (a dropped client needs no slot) or has a free slot.
+Everything that may change this calls :meth:`Gate.update`.
 
 This file and :mod:`tcpsvc.port` are the only ones that know the inside of
 :class:`twisted.internet.tcp.Port` (Twisted 24.7 to 26.10: ``doRead``,
@@ -17,42 +17,29 @@ This file and :mod:`tcpsvc.port` are the only ones that know the inside of
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
 from twisted.internet.address import IPv4Address
-from twisted.internet.interfaces import IDelayedCall, IListeningPort
+from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
 from tcpsvc.engine import Engine, engage
+from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
 from tcpsvc.handler import STOPPING
-from tcpsvc.kernel import close_orderly, has_nodelay, set_options
+from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
 from tcpsvc.options import Settings
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.refusing import send_away
 from tcpsvc.transport import telling
 
-#: The process or the host has run out of something that will come back.
-EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-#: This one client is lost; the next may be well (EPERM: a packet filter).
-NEXT_CLIENT_ERRNOS = frozenset(
-    {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.EPERM}
-)
-
 #: How many lost clients in a row one turn of the reactor puts up with.
 MAX_LOST_CLIENTS = 100
-
-#: How long accepting rests when descriptors have run out, in seconds. A
-#: connection of this server that closes ends the rest at once.
-EXHAUSTION_PAUSE = 0.05
-
 
 _INET = int(socket.AF_INET)
 _STREAM = int(socket.SOCK_STREAM)
@@ -69,34 +56,27 @@ class Admits(Protocol):
 
     settings: Settings
     counters: Counters
-    clock: Any
+    exhaustion: Exhaustion
     is_dropping: bool
-    inherits_nodelay: bool
-    is_gated: bool
     takes_sockets: bool
 
     @property
-    def num_connections(self) -> int: ...
-
-    @property
-    def max_connections(self) -> int: ...
-
-    @property
     def is_observed(self) -> bool: ...
-
-    @property
-    def events(self) -> Any: ...
 
     @property
     def replies_next(self) -> bool: ...
 
     def has_place(self) -> bool: ...
 
-    def refusal_of(self, host: str | None) -> tuple[Reason, Refusal] | None: ...
+    def refusal_of(
+        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
+    ) -> tuple[Reason, Refusal] | None: ...
 
     def refused(self, address: Any, reason: Reason) -> None: ...
 
     def say_instead(self, reply: Reply) -> bool: ...
+
+    def nothing_to_say(self) -> None: ...
 
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
@@ -110,8 +90,8 @@ class Gate:
     Accepts for one port, by the rule of its factory.
 
     :param port: a port that :func:`can_gate`.
-    :param factory: knows the free slots and whether to drop or refuse; its clock
-        times the rest after descriptors have run out.
+    :param factory: knows the free slots and whether to drop or refuse, and when to
+        rest because accepting fails.
     """
 
     _log = Logger(namespace="tcpsvc")
@@ -119,8 +99,7 @@ class Gate:
     def __init__(self, port: Any, factory: Admits) -> None:
         self._port = port
         self._factory = factory
-        self._retry: IDelayedCall | None = None
-        self._in_episode = False
+        self._exhaustion = factory.exhaustion
         self._is_open = False
         #: Whether the port is read from. Nobody else starts or stops that.
         self._is_accepting = False
@@ -129,8 +108,8 @@ class Gate:
         if type(port) is tcp.Port and port._preexistingSocket is None:
             # An endpoint has opened it for us alone.
             set_options(port.socket, nodelay=True, keepalive=False)
-        factory.is_gated = True
-        factory.inherits_nodelay = has_nodelay(port.socket)
+        #: Whether connections have TCP_NODELAY from the listening socket.
+        self.inherits_nodelay = has_nodelay(port.socket)
         #: Serves the connections; ``None`` where Twisted's own transports do.
         self._engine: Engine | None = None
         if isinstance(port.transport, type):
@@ -146,6 +125,11 @@ class Gate:
         else:
             port.transport = chosen
 
+    @property
+    def is_accepting(self) -> bool:
+        """Whether it asks the kernel for clients now."""
+        return self._is_accepting
+
     def open(self) -> None:
         """
         Begin to accept.
@@ -155,22 +139,23 @@ class Gate:
         if self._engine is not None:
             self._engine.reactor.stay()
         self._is_open = True
+        self._exhaustion.enter(self)
         self.update()
 
     def close(self) -> None:
-        """Accept no more, and leave no timer behind."""
+        """Accept no more, and leave nothing behind."""
         if self._engine is not None and self._is_open:
             self._engine.reactor.may_leave()
         self._is_open = False
         self._is_accepting = False
-        self._rest_over()
+        self._exhaustion.leave(self)
         self._port.stopReading()
 
     def update(self) -> None:
         """Ask the kernel for clients exactly while there is a place for one."""
         if not self._is_open:
             return
-        may_accept = self._retry is None and self._factory.has_place()
+        may_accept = self._exhaustion.pause is None and self._factory.has_place()
         if may_accept is not self._is_accepting:
             self._is_accepting = may_accept
             if may_accept:
@@ -180,30 +165,51 @@ class Gate:
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again: try at once (spec A6)."""
-        if self._retry is not None:
-            self._rest_over()
-            self.update()
+        self._exhaustion.descriptor_closed()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits to be accepted."""
+        return is_readable(self._port.socket)
+
+    def turn_away(self) -> None:
+        """
+        Accept a client, for which there is no descriptor but a moment, and close it.
+
+        :raises OSError: as ``accept`` does; it is a ``BlockingIOError`` when nobody
+            waits.
+        """
+        client, address = self._accept()
+        how = self._factory.settings.refusal
+        if self._factory.is_dropping:
+            self._send_away(client, address, Reason.DROPPED, "drop")
+        elif isinstance(how, Reply):
+            # It would keep the descriptor until the client has read it.
+            self._send_away(client, address, Reason.SHED, "reset")
+        else:
+            self._send_away(client, address, Reason.SHED, how)
 
     def accept_batch(self) -> None:
         """The port is readable: accept what may come in."""
         factory = self._factory
+        exhaustion = self._exhaustion
         taken = lost = 0
         while taken < factory.settings.max_accepts_per_batch and factory.has_place():
             try:
                 client, address = self._accept()
             except BlockingIOError:
-                self._in_episode = False
                 break
             except OSError as error:
                 if error.errno in NEXT_CLIENT_ERRNOS and lost < MAX_LOST_CLIENTS:
                     lost += 1
                     continue
-                self._rest(error)
+                exhaustion.failed(error)
                 return
-            self._in_episode = False
+            if exhaustion.episode is not None:
+                exhaustion.accepted()
             taken += 1
             host = address[0] if isinstance(address, tuple) else None
-            refusal = factory.refusal_of(host)
+            refusal = factory.refusal_of(host, address, self._port._buildAddr)
             if refusal is None:
                 self._take(client, address)
             else:
@@ -224,6 +230,7 @@ class Gate:
             send_away(client, how)
         elif factory.say_instead(how):
             self._take(client, address)
+            factory.nothing_to_say()
         else:
             send_away(client, "reset")
 
@@ -267,6 +274,8 @@ class Gate:
             protocol = port.factory.buildProtocol(self._address_of(address))
             if protocol is None:
                 close_orderly(client)
+                # A wrapping factory may have asked ours before.
+                self._factory.forget_unconnected()
                 return
             session = port.sessionno
             port.sessionno = session + 1
@@ -294,36 +303,3 @@ class Gate:
         self._factory.forget_unconnected()
         if isinstance(error, STOPPING):
             self._factory.stop_reactor(error)
-
-    def _rest(self, error: OSError) -> None:
-        if self._in_episode:
-            pass  # One line an episode.
-        elif error.errno not in EXHAUSTION_ERRNOS:
-            self._log.failure(
-                "accepting failed; trying again every {pause} s",
-                failure=Failure(error),
-                pause=EXHAUSTION_PAUSE,
-            )
-        else:
-            self._log.error(
-                "cannot accept: {error}. {live} connections go on, further clients "
-                "wait; trying again every {pause} s. Raise the limit of open files "
-                "(ulimit -n), or lower max_connections ({limit})",
-                error=error.strerror,
-                live=self._factory.num_connections,
-                pause=EXHAUSTION_PAUSE,
-                limit=self._factory.max_connections,
-            )
-        self._in_episode = True
-        self._factory.events.accept_failed(error)
-        self._retry = self._factory.clock.callLater(EXHAUSTION_PAUSE, self._try_again)
-        self.update()
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self.update()
-
-    def _rest_over(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None

@@ -11,6 +11,7 @@ class IReader(Interface):
     """The reading half of a connection: :class:`tcpsvc.Reader`."""
 
     bytes_read = Attribute("How many bytes have arrived so far.")
+    draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
@@ -33,6 +34,9 @@ class IReader(Interface):
     def drain_to_eof():  # type: ignore[no-untyped-def]
         """Discard everything until EOF. A coroutine."""
 
+    def eof_when_draining(wanted=True):  # type: ignore[no-untyped-def]
+        """Whether to be at EOF when nothing is buffered while the server drains."""
+
     def at_eof():  # type: ignore[no-untyped-def]
         """Whether everything before EOF was read."""
 
@@ -47,6 +51,7 @@ class IWriter(Interface):
     can_write_eof = Attribute("Whether write_eof works here.")
     bytes_to_write = Attribute("How many bytes the kernel has not taken yet.")
     bytes_written = Attribute("How many bytes were written so far.")
+    draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
@@ -75,6 +80,9 @@ class IWriter(Interface):
     def consumer_left():  # type: ignore[no-untyped-def]
         """A Deferred: the client has left."""
 
+    def when_draining():  # type: ignore[no-untyped-def]
+        """A Deferred: the server drains."""
+
     def abort():  # type: ignore[no-untyped-def]
         """Close at once with a reset."""
 
@@ -82,25 +90,40 @@ class IWriter(Interface):
 class IServer(Interface):
     """A listening server: :class:`tcpsvc.Server`."""
 
-    listening_on = Attribute("The port, the path, or the address.")
-    listening_on_address = Attribute("The listening address.")
-    listening_socket = Attribute("The listening socket, while it is open.")
+    listeners = Attribute("Each place where it listens.")
+    listening_on = Attribute("The port, the path, or the address of the first.")
+    listening_on_address = Attribute("The first listening address.")
+    listening_socket = Attribute("The first listening socket, while it is open.")
     num_connections = Attribute("How many slots are taken.")
     max_connections = Attribute("How many slots there are.")
     is_closed = Attribute("Whether close was called.")
+    is_draining = Attribute("Whether a drain has begun.")
+    is_paused = Attribute("'hold' or 'refuse' while paused, else None.")
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
 
-    def close(*, close_existing_connections=False):  # type: ignore[no-untyped-def]
-        """Close the listening socket; a Deferred of one's own."""
+    def close(*, close_existing_connections=False, cancel_handlers=False):  # type: ignore[no-untyped-def]
+        """Close the listening sockets; a Deferred of one's own."""
+
+    def drain(*, announce=0.0, timeout=30.0, spread=0.0, grace=1.0):  # type: ignore[no-untyped-def]
+        """Close it, and see it to its end; a Deferred of a tcpsvc.DrainReport."""
+
+    def force_drain():  # type: ignore[no-untyped-def]
+        """Hurry that: close, cancel and reset what is left."""
 
     def close_finished():  # type: ignore[no-untyped-def]
-        """A Deferred: the listening socket is closed."""
+        """A Deferred: the listening sockets are closed."""
 
     def close_finished_and_handlers_determined():  # type: ignore[no-untyped-def]
         """A Deferred: closed, and no connection is live."""
 
     def failed():  # type: ignore[no-untyped-def]
         """A Deferred that fails with the error that closed the server."""
+
+    def pause(how):  # type: ignore[no-untyped-def]
+        """Accept nobody for a while; a Deferred of one's own."""
+
+    def resume():  # type: ignore[no-untyped-def]
+        """Accept again; a Deferred of one's own."""
 
     def set_drop_incoming_connections(drop):  # type: ignore[no-untyped-def]
         """Drop incoming clients, or stop dropping them."""
@@ -122,6 +145,10 @@ class IConnection(Interface):
     age = Attribute("Seconds since its accept; for observers up to its end.")
     bytes_in = Attribute("Bytes received; None where nobody knows, or has observed.")
     bytes_out = Attribute("Bytes that the kernel has taken; None as for bytes_in.")
+    draining = Attribute("Whether the server drains.")
+
+    def when_draining():  # type: ignore[no-untyped-def]
+        """A Deferred: the server drains."""
 
     def snapshot():  # type: ignore[no-untyped-def]
         """Its state now, a tcpsvc.ConnectionSnapshot."""

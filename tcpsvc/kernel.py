@@ -92,6 +92,13 @@ def close_with_reset(client: socket.socket) -> None:
     client.close()
 
 
+def is_readable(opened: socket.socket) -> bool:
+    """Whether a client waits at a listening socket. It costs no descriptor."""
+    poll = select.poll()
+    poll.register(opened.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
     """
     How many bytes have come in, and how many the client's kernel has acknowledged,
@@ -174,6 +181,11 @@ def has_eof(connected: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connected, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def has_input(connected: socket.socket) -> bool:
+    """Whether bytes have come that are not read yet."""
+    return bool(_queued(connected, _SIOCINQ))
 
 
 def nothing_pending(connected: socket.socket) -> bool:

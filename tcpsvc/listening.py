@@ -1,13 +1,21 @@
 """
-From a where-to-listen to a listening port, or to nothing open (spec W8).
+From places to listen to listening ports, or to nothing open (spec W8, L1).
 """
 
 from __future__ import annotations
 
 import socket
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, cast
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import (
+    Deferred,
+    FirstError,
+    gatherResults,
+    maybeDeferred,
+)
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
@@ -15,9 +23,10 @@ from twisted.python.failure import Failure
 
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import can_gate
+from tcpsvc.places import discard_all, open_all
 from tcpsvc.port import port_over
 from tcpsvc.sockets import SocketMaker, stream_socket
-from tcpsvc.where import EndpointPlace, SocketPlace
+from tcpsvc.where import EndpointPlace, SocketPlace, WhereToListen
 
 _log = Logger(namespace="tcpsvc")
 
@@ -26,21 +35,71 @@ make_socket: SocketMaker = stream_socket
 
 
 def listen_now(
-    where: SocketPlace[Any, Any], factory: ServerFactory, given: socket.socket | None
-) -> IListeningPort:
+    places: Sequence[SocketPlace[Any, Any]],
+    factory: ServerFactory,
+    given: socket.socket | None = None,
+) -> list[IListeningPort]:
     """
-    Listen at once. The port accepts nothing yet.
+    Listen on all places at once, or on none. The ports accept nothing yet.
 
     :param given: the caller's own socket (spec W7), closed if this fails.
     :raises CannotListenError: the kernel refused.
     :raises ValueError: ``given`` does not fit.
     """
-    listening = where.open(factory.settings.backlog, given, make_socket)
+    opened = deque(open_all(places, factory.settings.backlog, given, make_socket))
+    ports: list[IListeningPort] = []
     try:
-        return port_over(listening, factory, factory.reactor)
+        while opened:
+            ports.append(port_over(opened[0], factory, factory.reactor))
+            opened.popleft()
     except BaseException:
-        listening.discard()
+        close_all_at_once(ports)
+        discard_all(opened)
         raise
+    return ports
+
+
+async def listen_everywhere(
+    places: Sequence[WhereToListen[Any, Any]], factory: ServerFactory
+) -> list[IListeningPort]:
+    """
+    Listen on all places, endpoints among them, or on none. Those that need no
+    endpoint are bound first; then all endpoints begin. Cancelling leaves nothing
+    open.
+
+    :raises CannotListenError: the kernel refused.
+    :raises ValueError: an endpoint is no good.
+    """
+    endpoints = [n for n, p in enumerate(places) if isinstance(p, EndpointPlace)]
+    others = [n for n, p in enumerate(places) if isinstance(p, SocketPlace)]
+    made = listen_now([cast(Any, places[n]) for n in others], factory)
+    ports = dict(zip(others, made, strict=True))
+    pending: list[Deferred[Any]] = []
+    try:
+        for number in endpoints:
+            listening = listen_on_endpoint(
+                cast(Any, places[number]), factory, needs_sockets=factory.takes_sockets
+            )
+            pending.append(listening.addCallback(partial(ports.__setitem__, number)))
+        await gatherResults(pending, consumeErrors=True)
+    except BaseException as error:
+        for listening in pending:
+            listening.addErrback(lambda _: None)  # One error is told, the first.
+            listening.cancel()
+        close_all_at_once(ports.values())
+        if isinstance(error, FirstError):
+            error.subFailure.raiseException()
+        raise
+    return [ports[number] for number in range(len(places))]
+
+
+def close_all_at_once(ports: Iterable[IListeningPort]) -> None:
+    """As :func:`close_at_once`, whatever befalls one of them."""
+    for port in ports:
+        try:
+            close_at_once(port)
+        except Exception:
+            _log.failure("closing an unwanted port failed")
 
 
 def close_at_once(port: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
-from tcpsvc.overflow import Overflow, Refusal, check_overflow, check_refusal
+from tcpsvc.overflow import Overflow, Refusal, Reply, check_overflow, check_refusal
 from tcpsvc.rate import Rate
 from tcpsvc.reasons import LIMITS
 
@@ -34,6 +34,12 @@ Network = str | IPv4Address | IPv4Network | IPv6Address | IPv6Network
 
 #: What ``engine`` may be.
 ENGINES = ("auto", "reactor")
+
+#: What ``on_exhaustion`` may be.
+EXHAUSTION_POLICIES = ("back-off", "shed")
+
+#: What is called with the error of an accept, and the :class:`tcpsvc.Server`.
+AcceptErrorCallable = Callable[[OSError, Any], object]
 
 #: Seconds (spec S6, H3).
 BUFFER_AGE_LIMIT = 120.0
@@ -150,6 +156,8 @@ def limits(name: str, value: Any) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Collection):
         raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
     for limit in value:
+        if not isinstance(limit, str):
+            raise TypeError(f"{name}: {limit!r} is not the name of a limit")
         if limit not in LIMITS:
             raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
     return frozenset(value)
@@ -242,6 +250,18 @@ class Options(TypedDict, total=False):
         counts too. Default: no limit.
     ``throughput_window``
         Seconds. Default 30.
+    ``on_exhaustion``
+        What becomes of clients that come while the process has no descriptor for
+        them: ``"back-off"`` (the default: they wait in the kernel's backlog), or
+        ``"shed"`` (they are turned away, as ``refusal`` says but never with a reply,
+        by means of a descriptor that the server keeps for this).
+    ``on_accept_error``
+        ``f(error, server)``, called whenever the kernel fails to give a client, for
+        want of descriptors, say: at first, every 50 ms while it goes on, and whenever
+        a descriptor of the server has been closed in vain. It may close connections;
+        as soon as a descriptor is free accepting goes on. A coroutine or Deferred of
+        its is followed, and it is not called again meanwhile. What it raises is
+        logged.
     ``observer``
         Is told what happens: a :class:`tcpsvc.Observer`.
     ``keepalive``
@@ -273,6 +293,8 @@ class Options(TypedDict, total=False):
     lifetime: float | None
     min_throughput: float | None
     throughput_window: float
+    on_exhaustion: Literal["back-off", "shed"]
+    on_accept_error: AcceptErrorCallable | None
     observer: Any
     keepalive: bool
     engine: Literal["auto", "reactor"]
@@ -296,12 +318,18 @@ class StreamOptions(Options, total=False):
     ``writer_buffer_size``
         How many bytes may wait to be sent before ``drain`` waits (S5). Default
         131072.
+    ``eof_on_drain``
+        While the server drains (:meth:`tcpsvc.Server.drain`), a read that waits with
+        nothing buffered is at EOF, so that handlers that wait for a next message
+        end. A handler may say otherwise: :meth:`tcpsvc.Reader.eof_when_draining`.
+        Default false.
     """
 
     buffer_age_limit: float | None
     flush_timeout: float
     reader_buffer_size: int
     writer_buffer_size: int
+    eof_on_drain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,12 +356,15 @@ class Settings:
     lifetime: float | None = None
     min_throughput: float | None = None
     throughput_window: float = THROUGHPUT_WINDOW
+    on_exhaustion: str = "back-off"
+    on_accept_error: AcceptErrorCallable | None = None
     keepalive: bool = False
     engine: str = "auto"
     buffer_age_limit: float | None = BUFFER_AGE_LIMIT
     flush_timeout: float = FLUSH_TIMEOUT
     reader_buffer_size: int = READER_BUFFER_SIZE
     writer_buffer_size: int = WRITER_BUFFER_SIZE
+    eof_on_drain: bool = False
 
     def __post_init__(self) -> None:
         check_on_handler_error(self.on_handler_error)
@@ -363,6 +394,16 @@ class Settings:
         check_overflow(self.overflow)
         check_refusal(self.refusal)
         check_prefixes(self.peer_prefixes)
+        if self.on_exhaustion not in EXHAUSTION_POLICIES:
+            raise ValueError(
+                f"on_exhaustion={self.on_exhaustion!r} is not one of "
+                + ", ".join(map(repr, EXHAUSTION_POLICIES))
+            )
+        if self.on_accept_error is not None and not callable(self.on_accept_error):
+            raise TypeError(
+                f"on_accept_error={self.on_accept_error!r} is no callable "
+                "f(error, server)"
+            )
         if self.engine not in ENGINES:
             raise ValueError(
                 f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
@@ -422,3 +463,28 @@ def _formed(options: dict[str, Any]) -> dict[str, Any]:
         if name in values:
             values[name] = form(name, values[name])
     return values
+
+
+def limits_text(settings: Settings) -> str:
+    """The limits in a line, for a log: those that there are."""
+    told = [f"max_connections={settings.max_connections}"]
+    for name in (*LIMITS, "overflow"):
+        value = getattr(settings, name)
+        if name == "max_connections" or value is None or value == NO_NETWORKS:
+            continue
+        told.append(f"{name}={_limit_text(name, value)}")
+    if settings.dry_run:
+        told.append(f"dry run of {', '.join(sorted(settings.dry_run))}")
+    return ", ".join(told)
+
+
+def _limit_text(name: str, value: object) -> str:
+    if isinstance(value, Networks):
+        found = [str(network) for network in value]
+        return " ".join(found) if len(found) <= 5 else f"{len(found)} networks"
+    if isinstance(value, Reply):
+        return f"a reply of {len(value.data)} bytes"
+    if isinstance(value, float):
+        unit = "bytes/s" if name == "min_throughput" else "s"
+        return f"{value:g} {unit}"
+    return str(value)

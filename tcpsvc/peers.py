@@ -166,18 +166,24 @@ class Peers:
             return None
         if self._live.get(key, 0) >= self._most:
             return "connections"
+        return "rate" if self.comes_too_often(key, now) else None
+
+    def comes_too_often(self, key: Key, now: float) -> bool:
+        """
+        Whether the rate alone refuses a newcomer, however many of its there are.
+        """
+        if key is None:
+            return False
         full_at = self._recent.get(key)
         if full_at is None:
             full_at = self._before.get(key)
             if full_at is None:
-                return None
-        if (
+                return False
+        return (
             full_at - now - self._back > self._reach
             # The clock may have been set back, which is looked at only here.
             and full_at - self._time(now) > self._reach
-        ):
-            return "rate"
-        return None
+        )
 
     def enter(self, key: Key, now: float) -> None:
         """

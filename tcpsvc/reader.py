@@ -45,6 +45,13 @@ class Input(Protocol):
     def transport(self) -> Any:
         """What it comes through."""
 
+    @property
+    def draining(self) -> bool:
+        """Whether the server drains."""
+
+    def gives_eof_for_drain(self, asked: bool | None) -> bool:
+        """Whether a reader that waits at a boundary while it drains is at EOF."""
+
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""
 
@@ -71,7 +78,9 @@ class Reader:
     __slots__ = (
         "_connection",
         "_data",
+        "_eof_when_draining",
         "_is_closed",
+        "_is_draining",
         "_is_paused",
         "_limit",
         "_position",
@@ -97,6 +106,9 @@ class Reader:
         self._is_closed = False
         #: Whether reading from the socket was stopped since the buffer is full.
         self._is_paused = False
+        #: Whether the handler wants EOF at a boundary; else as the option says.
+        self._eof_when_draining: bool | None = None
+        self._is_draining = False
         self.has_eof = False
         self.bytes_read = 0
 
@@ -244,6 +256,34 @@ class Reader:
             self._wake()
 
     @property
+    def draining(self) -> bool:
+        """
+        Whether the server drains: it accepts nobody any more, and handlers should
+        come to an end.
+        """
+        return self._connection.draining
+
+    def eof_when_draining(self, wanted: bool = True) -> None:
+        """
+        Ask for EOF as soon as the server drains and a read waits at a boundary, that
+        is, with nothing buffered: the next message will not be answered here any
+        more. By default it is as the option ``eof_on_drain`` says.
+
+        A handler that takes more than one read for a message takes this back until
+        it has the rest of it::
+
+            header = await reader.readexactly(4)
+            reader.eof_when_draining(False)
+            body = await reader.readexactly(int.from_bytes(header))
+            reader.eof_when_draining()
+
+        :param wanted: whether to, from now on.
+        """
+        self._eof_when_draining = wanted
+        if self._is_draining:
+            self.tell_of_drain()
+
+    @property
     def bytes_buffered(self) -> int:
         """How many bytes have arrived and are not read yet."""
         return len(self._data) - self._position
@@ -328,6 +368,18 @@ class Reader:
             self.has_eof = True
             self._wake()
 
+    def tell_of_drain(self) -> None:
+        """The server drains. It may be told again."""
+        self._is_draining = True
+        if self._waiter is not None and self._is_at_the_end():
+            self.feed_eof()
+
+    def _is_at_the_end(self) -> bool:
+        """Whether a read that waits has nothing to wait for, since it drains."""
+        return not self.bytes_buffered and self._connection.gives_eof_for_drain(
+            self._eof_when_draining
+        )
+
     # The buffer.
 
     def _refuse(self) -> None:
@@ -353,6 +405,9 @@ class Reader:
         Wait until the buffer holds so many bytes (``None``: no number is
         enough), or EOF.
         """
+        if self._is_draining and self._is_at_the_end():
+            self.has_eof = True
+            return
         self._wake_at = _ENDLESS if size is None else size
         waiter = self._suspension
         if waiter is None or waiter.called:  # By whom it was used as a Deferred.

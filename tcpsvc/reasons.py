@@ -34,9 +34,10 @@ class Reason(str, Enum):
     ABORTED = "aborted"
     """``abort`` by the handler or of this one."""
     CANCELLED = "cancelled"
-    """``cancel_handlers``."""
+    """``cancel_handlers``, or ``close(cancel_handlers=True)``."""
     DRAINED = "drained"
-    """A drain closed what was left."""
+    """A drain closed what was left, or gave its handler the EOF that it had asked
+    for."""
     EVICTED = "evicted"
     """It was idle for longest when another client came (``overflow="evict"``)."""
     FIRST_BYTE = "first_byte"

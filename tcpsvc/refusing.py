@@ -52,7 +52,9 @@ class Replies:
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor
         self.clock = owner.clock
-        self.settings: Settings = replace(owner.settings, flush_timeout=REPLY_TIMEOUT)
+        self.settings: Settings = replace(
+            owner.settings, flush_timeout=REPLY_TIMEOUT, buffer_age_limit=None
+        )
         self.counters = self.events = Counters()
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
@@ -73,12 +75,21 @@ class Replies:
         self._connections[id] = connection
         return connection
 
+    def forget_unconnected(self, id: int) -> None:
+        """Whoever was to connect one has failed to."""
+        connection = self._connections.get(id)
+        if connection is not None and connection.transport is None:
+            connection.forget()
+
     def close(self) -> None:
         """Close all: what the kernel took is delivered."""
         for connection in list(self._connections.values()):
             connection.close_now()
 
     # What the connections ask and tell (Owner).
+
+    #: A last word is soon over.
+    is_draining = False
 
     @property
     def is_closed(self) -> bool:

@@ -1,9 +1,9 @@
 """
-A TCP or UNIX-socket server: its creation, its closing, its inspection.
+A TCP or UNIX-socket server: its creation, its pauses, its closing, its inspection.
 
 :class:`Server` puts three things together and adds the order of events between
-them: where it listens (:mod:`tcpsvc.where`), who is admitted and what is live
-(:mod:`tcpsvc.factory`), and how clients are accepted (:mod:`tcpsvc.gate`).
+them: where it listens (:mod:`tcpsvc.listeners`), who is admitted and what is live
+(:mod:`tcpsvc.factory`), and whether it is paused (:mod:`tcpsvc.pausing`).
 """
 
 from __future__ import annotations
@@ -14,32 +14,28 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, execute, maybeDeferred
-from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IAddress, IListeningPort, IProtocolFactory
-from twisted.logger import Logger
-from twisted.python.failure import Failure
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IProtocolFactory
 from zope.interface import implementer
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.cancelling import Cancellation
 from tcpsvc.control import Control
+from tcpsvc.drain import Drain
+from tcpsvc.drain_options import DrainOptions, Durations, check_drain_options
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
-from tcpsvc.gate import Gate, can_gate
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.interfaces import IServer
-from tcpsvc.listening import close_at_once, listen_now, listen_on_endpoint
+from tcpsvc.listener import Listener
+from tcpsvc.listeners import Listeners
 from tcpsvc.options import Options, StreamOptions
+from tcpsvc.pausing import How, Pausing
+from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.reader import Reader
 from tcpsvc.sockets import close_given
-from tcpsvc.where import (
-    AddressT,
-    EndpointPlace,
-    InetAddress,
-    ListeningOnT,
-    SocketPlace,
-    WhereToListen,
-)
+from tcpsvc.where import AddressT, InetAddress, ListeningOnT, SocketPlace
 from tcpsvc.writer import Writer
 
 if TYPE_CHECKING:
@@ -63,51 +59,29 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     two.
     """
 
-    _log = Logger(namespace="tcpsvc")
-
-    def __init__(
-        self,
-        where: WhereToListen[AddressT, ListeningOnT],
-        factory: ServerFactory,
-        port: IListeningPort,
-    ) -> None:
+    def __init__(self, listeners: Listeners, factory: ServerFactory) -> None:
         """Not to be called: use :meth:`create` and its kin."""
-        self._where = where
+        self._listeners = listeners
         self._factory = factory
-        self._port: Any = port
-        self._address: IAddress = port.getHost()
+        self._pausing = Pausing(listeners, factory)
+        factory.server = self
         self._is_port_closing = False
         self._port_closed = Event()
         self._when_over = Event()
-        self._gate: Gate | None = None
-        if can_gate(port):
-            self._gate = Gate(port, factory)
-            factory.listen_with(
-                self._gate.update,
-                self._gate.descriptor_closed,
-                self._close_port,
-                lambda: self._address,
-            )
-        else:
-            factory.listen_with(
-                lambda: None,
-                lambda: None,
-                self._close_port,
-                lambda: self._address,
-            )
-            self._log.warn(
-                "accepting on {port} cannot be gated: clients beyond "
-                "max_connections={limit} are held accepted, not in the backlog",
-                port=port,
-                limit=factory.max_connections,
-            )
+        self._drain: Drain | None = None
+        factory.listen_with(
+            listeners.update,
+            listeners.descriptor_closed,
+            self._close_port,
+            listeners.addresses,
+        )
 
     # Creation.
 
     @classmethod
     def create(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[AddressT, ListeningOnT],
         handler: StreamHandler[AddressT],
         *,
         on_handler_error: OnHandlerError,
@@ -116,7 +90,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         Listen, and run a stream handler for each client.
 
-        :param where: where to listen.
+        :param where: where to listen; or a sequence of places, which are one server
+            then, with one limit and one end (L).
         :param handler: called as ``handler(address, reader, writer)``. It may be
             a coroutine function, return a Deferred, or be finished when it
             returns. When it has finished, what it wrote is sent, then the
@@ -148,7 +123,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def create_inet(
         cls,
-        where: WhereToListen[InetAddress, int],
+        where: Places[InetAddress, int],
         handler: StreamHandler[InetAddress],
         *,
         on_handler_error: OnHandlerError,
@@ -173,7 +148,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def create_sock(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[AddressT, ListeningOnT],
         handler: SockHandler[AddressT],
         *,
         on_handler_error: OnHandlerError,
@@ -198,7 +173,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def create_sock_inet(
         cls,
-        where: WhereToListen[InetAddress, int],
+        where: Places[InetAddress, int],
         handler: SockHandler[InetAddress],
         *,
         on_handler_error: OnHandlerError,
@@ -216,7 +191,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def create_protocol(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[AddressT, ListeningOnT],
         factory: IProtocolFactory,
         *,
         on_handler_error: OnHandlerError,
@@ -246,7 +221,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def create_protocol_inet(
         cls,
-        where: WhereToListen[InetAddress, int],
+        where: Places[InetAddress, int],
         factory: IProtocolFactory,
         *,
         on_handler_error: OnHandlerError,
@@ -266,7 +241,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def bind(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[AddressT, ListeningOnT],
         make_factory: Callable[..., ServerFactory],
         options: Any,
     ) -> Deferred[Server[AddressT, ListeningOnT]]:
@@ -279,46 +254,39 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :returns: a Deferred that fires with the server. It has fired already
             where no endpoint is in the way.
         """
-        if isinstance(where, EndpointPlace):
-            return Deferred.fromCoroutine(
-                cls._bind_endpoint(where, make_factory, options)
-            )
-        return execute(cls._bind_now, where, make_factory, options)
+        bound: Deferred[Any] = maybeDeferred(cls._bind, where, make_factory, options)
+        return bound
 
     @classmethod
-    def _bind_now(
+    def _bind(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[Any, Any],
         make_factory: Callable[..., ServerFactory],
         options: Any,
-    ) -> Server[AddressT, ListeningOnT]:
+    ) -> Any:
         given = options.get("socket")
         try:
+            places = places_of(where)
+            is_immediate = all(isinstance(place, SocketPlace) for place in places)
+            if given is not None and len(places) > 1:
+                raise ValueError(
+                    f"socket={given!r} with {len(places)} places: it can be bound to "
+                    "one; leave it out, or create a server of its own for it"
+                )
+            if given is not None and not is_immediate:
+                raise ValueError(
+                    f"socket={given!r} with an endpoint, which has its own"
+                )
             factory = make_factory(**options)
-            if not isinstance(where, SocketPlace):
-                raise TypeError(f"where={where!r} is not a WhereToListen")
         except BaseException:
             close_given(given)
             raise
-        return cls(where, factory, listen_now(where, factory, given))
-
-    @classmethod
-    async def _bind_endpoint(
-        cls,
-        where: Any,
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Server[AddressT, ListeningOnT]:
-        given = options.get("socket")
-        if given is not None:
-            close_given(given)
-            raise ValueError(f"socket={given!r} with an endpoint, which has its own")
-        factory = make_factory(**options)
+        if is_immediate:
+            bound = Listeners.bind_now(cast(Any, places), factory, given)
+            return cls(bound, factory)
         factory.hold_starts()
-        port = await listen_on_endpoint(
-            where, factory, needs_sockets=factory.takes_sockets
-        )
-        return cls(where, factory, port)
+        binding = Deferred.fromCoroutine(Listeners.bind(places, factory))
+        return binding.addCallback(lambda bound: cls(bound, factory))
 
     def begin(self) -> None:
         """
@@ -328,17 +296,17 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             server is closed then.
         """
         self._factory.begin_starts()
-        if self._gate is not None and not self.is_closed:
+        if not self.is_closed:
             try:
-                self._gate.open()
-            except OSError as error:
+                self._listeners.begin()
+            except BaseException:
                 self.abandon()
-                raise CannotListenError("", str(self._address), error) from error
+                raise
 
     @classmethod
     def _create(
         cls,
-        where: WhereToListen[AddressT, ListeningOnT],
+        where: Places[AddressT, ListeningOnT],
         make_factory: Callable[..., ServerFactory],
         options: Any,
     ) -> Deferred[Server[AddressT, ListeningOnT]]:
@@ -347,44 +315,58 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     @classmethod
     def _create_inet(
         cls,
-        where: WhereToListen[InetAddress, int],
+        where: Places[InetAddress, int],
         make_factory: Callable[..., ServerFactory],
         options: Any,
     ) -> InetServer:
-        if isinstance(where, SocketPlace) and isinstance(where.address, InetAddress):
-            return _begun(cls._bind_now(where, make_factory, options))
-        close_given(options.get("socket"))
-        raise ValueError(f"where={where!r} is no inet address: use create")
+        try:
+            for place in places_of(where):
+                if not isinstance(place, SocketPlace) or not isinstance(
+                    place.address, InetAddress
+                ):
+                    raise ValueError(f"where={place!r} is no inet address: use create")
+        except BaseException:
+            close_given(options.get("socket"))
+            raise
+        return _begun(cast(InetServer, cls._bind(where, make_factory, options)))
 
     # Where it listens.
+
+    @property
+    def listeners(self) -> tuple[Listener[AddressT, ListeningOnT], ...]:
+        """Each place where it listens, in the order in which they were given (L)."""
+        return self._listeners.all
 
     @property
     def listening_on(self) -> ListeningOnT:
         """
         The port of an inet server, the path as it was given of a UNIX server,
-        the address of any other. It still answers when closed.
+        the address of any other; of the first of :attr:`listeners`. It still
+        answers when closed.
         """
-        if isinstance(self._where, SocketPlace):
-            return cast(ListeningOnT, self._where.listening_on(self._address))
-        return cast(ListeningOnT, self._address)
+        return self.listeners[0].listening_on
 
     @property
     def listening_on_address(self) -> AddressT:
-        """The listening address. It still answers when closed (X6)."""
-        return cast(AddressT, self._address)
+        """The first listening address. It still answers when closed (X6)."""
+        return self.listeners[0].address
 
     @property
     def listening_socket(self) -> socket_module.socket:
         """
-        The real listening socket, for its options and for handing it on.
+        The first real listening socket, for its options and for handing it on.
         Accepting on it circumvents ``max_connections`` and every other rule.
 
-        :raises ServerClosed: it is closed.
+        :raises ServerClosed: it is closed, also by ``pause("refuse")``.
         """
-        listening = getattr(self._port, "socket", None)
+        listening = self.listeners[0].socket
         if self.is_closed or listening is None:
-            raise ServerClosed(f"{self!r} has no listening socket any more")
-        return cast(socket_module.socket, listening)
+            raise ServerClosed(
+                f"{self!r} has no listening socket until it is resumed"
+                if self.is_paused
+                else f"{self!r} has no listening socket any more"
+            )
+        return listening
 
     # Who is let in.
 
@@ -417,6 +399,46 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         self._factory.set_drop_incoming_connections(drop)
 
+    # Pausing.
+
+    @property
+    def is_paused(self) -> How | None:
+        """``"hold"`` or ``"refuse"`` while paused, ``None`` otherwise (Z)."""
+        return self._pausing.how
+
+    def pause(self, how: How) -> Deferred[None]:
+        """
+        Accept nobody for a while (Z). Existing connections go on, and so do clients
+        that were accepted already. Any number of calls, from anywhere; pauses and
+        resumes take effect in the order of their calls.
+
+        :param how: ``"hold"``: clients connect, and wait in the kernel's backlog;
+            who finds it full is not answered. ``"refuse"``: the listening sockets
+            are closed, clients are refused, and those in the backlog are reset.
+        :returns: a Deferred of one's own that fires when the listening sockets are
+            closed; with ``"hold"`` it has fired. It fails with :exc:`ValueError`
+            when ``how`` is neither, or when ``"refuse"`` would close what cannot be
+            opened again: an inherited descriptor, a ``socket=`` of yours, an
+            endpoint, a place with ``reuseaddr=False``; and with
+            :exc:`ServerClosed` on a closed server. Nothing has changed then.
+            From ``"refuse"`` to ``"hold"`` it listens again first, and may fail as
+            :meth:`resume` does.
+        """
+        return self._pausing.pause(how)
+
+    def resume(self) -> Deferred[None]:
+        """
+        Accept again. After ``pause("refuse")`` it listens on the same addresses
+        again, also where the operating system chose the port.
+
+        :returns: a Deferred of one's own that fires when it listens; unless sockets
+            are still being closed it has fired. It fails with
+            :exc:`CannotListenError <twisted.internet.error.CannotListenError>` when
+            an address is taken: it listens on none then, and stays paused; and with
+            :exc:`ServerClosed` on a closed server.
+        """
+        return self._pausing.resume()
+
     # Closing.
 
     @property
@@ -424,15 +446,25 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """Whether :meth:`close` was called, or a handler error has closed it."""
         return self._factory.is_closed
 
-    def close(self, *, close_existing_connections: bool = False) -> Deferred[None]:
+    def close(
+        self,
+        *,
+        close_existing_connections: bool = False,
+        cancel_handlers: bool = False,
+    ) -> Deferred[None]:
         """
-        Accept nobody any more, and close the listening socket (X). No handler
+        Accept nobody any more, and close the listening sockets (X). No handler
         starts from now on. Any number of calls, from anywhere.
 
         :param close_existing_connections: close the sockets of all existing
             connections too, at once (X3): what the kernel took is delivered,
             what only this process holds is discarded, and their handlers read
             EOF. By default they go on to their end.
+        :param cancel_handlers: cancel the coroutine or Deferred of every handler that
+            still runs, after the closing. Without ``close_existing_connections`` what
+            a handler has written is then sent, and its client reads all of it; a
+            protocol is nothing to be cancelled, and goes on. One that has not ended a
+            second later is named in a line of the log.
         :returns: a Deferred of one's own that fires when the listening socket is
             closed, its port free and its path unlinked; and with
             ``close_existing_connections`` every socket that existed at the call
@@ -440,9 +472,12 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             :meth:`close_finished_and_handlers_determined` does.
         """
         self._close_port()
-        if not close_existing_connections:
-            return self.close_finished()
-        return all_of([self._factory.close_connections(), self.close_finished()])
+        closed = [self.close_finished()]
+        if close_existing_connections:
+            closed.append(self._factory.close_connections())
+        if cancel_handlers:
+            Cancellation(self._factory)
+        return all_of(closed)
 
     def close_finished(self) -> Deferred[None]:
         """
@@ -459,6 +494,56 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         return self._when_over.wait()
 
+    @property
+    def is_draining(self) -> bool:
+        """
+        Whether a drain has begun. It stays true: a server that drains does not come
+        back. A health check that asks this fails before clients are refused, see
+        ``announce`` of :class:`tcpsvc.DrainOptions`.
+        """
+        return self._drain is not None
+
+    def drain(self, **options: Unpack[DrainOptions]) -> Deferred[DrainReport]:
+        """
+        Close the server without losing a client, and see it to its end: announce it,
+        accept nobody, tell the handlers, wait for them, and in the end insist. Each
+        phase has a deadline, see :class:`tcpsvc.DrainOptions`; with no live connection
+        it is over when the listening socket is closed.
+
+        Called again it shortens the phases that are not over yet, the one it is in
+        from now on; it never makes one longer.
+
+        :param options: see :class:`tcpsvc.DrainOptions`.
+        :returns: a Deferred of one's own that fires with the
+            :class:`tcpsvc.DrainReport` at the end, also when asked for afterwards.
+            Cancelling it ends the waiting only.
+        :raises ValueError: an option is below 0 or not finite; nothing has happened.
+        :raises TypeError: an option is unknown, or no number; nothing has happened.
+        """
+        durations = check_drain_options(options)
+        if self._drain is None:
+            self._drain = Drain(self, self._factory, Durations(**durations))
+            self._drain.begin()
+        else:
+            self._drain.shorten(durations)
+        return self._drain.when_over()
+
+    def force_drain(self) -> Deferred[DrainReport]:
+        """
+        The time is up: close what is left, cancel its handlers, and reset what is
+        still open, at once. Handlers that do not end within ``grace`` are given up.
+        Begins a drain if there was none.
+
+        :returns: as :meth:`drain`.
+        """
+        if self._drain is None:
+            self._drain = Drain(self, self._factory, Durations())
+            self._drain.force()
+            self._drain.begin()
+        else:
+            self._drain.force()
+        return self._drain.when_over()
+
     def failed(self) -> Deferred[None]:
         """
         :returns: a Deferred of one's own that fails with the first handler error
@@ -470,13 +555,14 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
 
     def abandon(self) -> None:
         """
-        Close the listening socket at once, before it has ever served and without
-        a running reactor: for a daemon that fails to start.
+        Close the listening sockets at once, before they have ever served and
+        without a running reactor: for a daemon that fails to start.
         """
         if not self._is_port_closing:
             self._is_port_closing = True
             self._factory.close()
-            close_at_once(self._port)
+            self._listeners.stop_at_once()
+            self._pausing.over()
 
     def cancel_handlers(self) -> None:
         """
@@ -507,22 +593,14 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         if self._is_port_closing:
             return
         self._is_port_closing = True
-        if self._gate is not None:
-            self._gate.close()
         self._factory.close()
-        stopping = maybeDeferred(self._port.stopListening)
-        # Not before close() has returned, however fast the port is (X1).
+        stopping = self._listeners.stop()
+        self._pausing.over()
+        # Not before close() has returned, however fast the ports are (X1).
         if stopping.called:
-            self._factory.reactor.callLater(0, self._when_port_stopped, stopping)
+            self._factory.reactor.callLater(0, stopping.addCallback, self._port_stopped)
         else:
-            self._when_port_stopped(stopping)
-
-    def _when_port_stopped(self, stopping: Deferred[Any]) -> None:
-        stopping.addErrback(self._port_failed_to_stop)
-        stopping.addCallback(self._port_stopped)
-
-    def _port_failed_to_stop(self, failure: Failure) -> None:
-        self._log.failure("closing {port} failed", failure=failure, port=self._port)
+            stopping.addCallback(self._port_stopped)
 
     def _port_stopped(self, _: object) -> None:
         self._port_closed.happen()
@@ -547,22 +625,24 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :returns: a JSON-able description: where it listens, its options and
             state, its connections and its counters (I4).
         """
+        listeners = [listener.describe() for listener in self.listeners]
+        first = {k: v for k, v in listeners[0].items() if k != "is_listening"}
         return {
-            "where": str(self._where),
-            "address": str(self._address),
-            "listening_on": self.listening_on
-            if isinstance(self.listening_on, (int, str))
-            else str(self.listening_on),
+            **first,
+            "listeners": listeners,
+            "is_paused": self.is_paused,
             **self._factory.describe(),
         }
 
     def __repr__(self) -> str:
         factory = self._factory
         state = "closed" if self.is_closed else "listening"
+        if self.is_paused:
+            state = f"paused ({self.is_paused})"
         if factory.is_dropping:
             state += ", dropping"
         return (
-            f"<Server on {self._where} {state}, "
+            f"<Server on {places_text(x.where for x in self.listeners)} {state}, "
             f"{factory.num_connections}/{factory.max_connections} connections>"
         )
 

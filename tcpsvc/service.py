@@ -15,18 +15,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event, all_of
-from tcpsvc.drain import Drain
+from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_options
+from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
+from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.server import Server
-from tcpsvc.where import WhereToListen, address_text
+from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-#: How long a stop waits for handlers, in seconds, unless told otherwise.
-DRAIN_TIMEOUT = 30.0
 
 
 class TcpService(Service):
@@ -47,12 +46,14 @@ class TcpService(Service):
     process goes on without it; ``service.server.failed()`` tells. Under
     ``twistd tcpsvc`` the process ends then.
 
-    :param where: where to listen.
+    :param where: where to listen; or a sequence of places, which are one server then.
     :param handler: a stream handler as for :meth:`tcpsvc.Server.create`; see
         :meth:`of_socks` and :meth:`of_protocols` for others.
     :param on_handler_error: as for :meth:`tcpsvc.Server.create`.
     :param drain_timeout: seconds (default 30) that a stop waits for handlers,
-        ``None`` for any time.
+        ``None`` for any time; see :class:`tcpsvc.DrainOptions`.
+    :param drain_announce: seconds (default 0) that it still accepts at a stop.
+    :param drain_spread: seconds (default 0) over which what is left then is closed.
     :param make_factory: what makes the factory of the handler and the options.
     :param options: of :class:`tcpsvc.StreamOptions`, but for ``socket``: a
         service that is started again needs a new one.
@@ -64,11 +65,13 @@ class TcpService(Service):
 
     def __init__(
         self,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         handler: Any,
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         make_factory: Callable[..., ServerFactory] = ServerFactory.of_streams,
         **options: Unpack[StreamOptions],
     ) -> None:
@@ -77,36 +80,44 @@ class TcpService(Service):
                 "socket= is for Server.create: a service that is started again "
                 "needs a new one each time; use WhereToListen.of_fd"
             )
-        if getattr(where, "own", False):
-            raise ValueError(
-                f"where={where!r} with own=True: a service may listen again after a "
-                "stop, when that descriptor is closed"
-            )
-        if drain_timeout is not None and not drain_timeout >= 0:
-            raise ValueError(f"drain_timeout={drain_timeout} is below 0 seconds")
-        #: Where it listens.
-        self.where = where
+        places = places_of(where)
+        for place in places:
+            if getattr(place, "own", False):
+                raise ValueError(
+                    f"where={place!r} with own=True: a service may listen again after "
+                    "a stop, when that descriptor is closed"
+                )
+        self._drain_options: DrainOptions = {
+            "announce": drain_announce,
+            "timeout": drain_timeout,
+            "spread": drain_spread,
+        }
+        check_drain_options(self._drain_options, "drain_")
+        #: Where it listens: as it was given, a sequence as a tuple.
+        self.where = where if where is places[0] else places
+        self._places = places
         self._options = options
         self._make_factory = partial(
             make_factory, handler, on_handler_error=on_handler_error
         )
         self._make_factory(**options)  # What is wrong is said now, not at the start.
-        self._drain_timeout = drain_timeout
         self._bound: Event | None = None
         self._listening: Deferred[Any] | None = None
-        #: Of this stop, and of earlier ones that are not over.
-        self._drains: list[Drain] = []
+        #: What drains, at this stop or an earlier one, and when that is over.
+        self._drains: dict[Server[Any, Any], Event] = {}
         #: The server, from the time it is bound until it has stopped.
         self.server: Server[Any, Any] | None = None
 
     @classmethod
     def of_socks(
         cls,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         handler: Callable[..., object],
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         **options: Unpack[Options],
     ) -> TcpService:
         """
@@ -117,6 +128,8 @@ class TcpService(Service):
             handler,
             on_handler_error=on_handler_error,
             drain_timeout=drain_timeout,
+            drain_announce=drain_announce,
+            drain_spread=drain_spread,
             make_factory=ServerFactory.of_socks,
             **options,
         )
@@ -124,11 +137,13 @@ class TcpService(Service):
     @classmethod
     def of_protocols(
         cls,
-        where: WhereToListen[Any, Any],
+        where: Places[Any, Any],
         factory: IProtocolFactory,
         *,
         on_handler_error: OnHandlerError,
         drain_timeout: float | None = DRAIN_TIMEOUT,
+        drain_announce: float = 0.0,
+        drain_spread: float = 0.0,
         **options: Unpack[Options],
     ) -> TcpService:
         """
@@ -140,6 +155,8 @@ class TcpService(Service):
             factory,
             on_handler_error=on_handler_error,
             drain_timeout=drain_timeout,
+            drain_announce=drain_announce,
+            drain_spread=drain_spread,
             make_factory=ServerFactory.of_protocols,
             **options,
         )
@@ -206,10 +223,10 @@ class TcpService(Service):
     def _begin(self, _: None) -> None:
         if self.running and self.server is not None:
             self.server.begin()
-            self._log.info(
-                "listening on {address}",
-                address=address_text(self.server.listening_on_address),
-            )
+            for listener in self.server.listeners:
+                self._log.info(
+                    "listening on {address}", address=address_text(listener.address)
+                )
 
     def _bind_or_raise(self, *, logs: bool = True) -> Deferred[None]:
         failures: list[Failure] = []
@@ -221,7 +238,7 @@ class TcpService(Service):
                 # An endpoint took its time: nobody is left to raise it to.
                 self._log.critical(
                     "cannot listen on {where}: {error}",
-                    where=str(self.where),
+                    where=places_text(self._places),
                     error=failure.getErrorMessage(),
                 )
 
@@ -233,7 +250,7 @@ class TcpService(Service):
 
     def stopService(self) -> Deferred[None]:
         """
-        Stop accepting, and drain.
+        Drain: see :meth:`tcpsvc.Server.drain`. The log tells its report.
 
         :returns: a Deferred that fires when the last handler has ended, or
             ``drain_timeout`` is up and what was left is closed.
@@ -246,26 +263,36 @@ class TcpService(Service):
         elif bound is not None:
             assert self.server is not None
             self._drain(self.server)
-        return all_of([drain.when_done() for drain in self._drains])
+        return all_of([over.wait() for over in self._drains.values()])
 
     def _drain(self, server: Server[Any, Any]) -> None:
-        drain = Drain(server, self._drain_timeout)
-        self._drains.append(drain)
+        over = self._drains[server] = Event()
 
-        def done(_: None) -> None:
-            self._drains.remove(drain)
+        def done(_: DrainReport) -> None:
+            del self._drains[server]
             if self.server is server:
                 self.server = None
+            over.happen()
 
-        drain.when_done().addCallback(done)
+        server.drain(**self._drain_options).addCallback(done)
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
         if self._drains:
             state += ", draining"
-        return f"<TcpService on {self.where} {state}>"
+        return f"<TcpService on {places_text(self._places)} {state}>"
+
+    def abandon(self) -> None:
+        """
+        Close the listening sockets at once, before they have ever served and without
+        a running reactor: for a daemon that fails to start.
+        """
+        if self.server is not None:
+            self.server.abandon()
+        elif self._listening is not None:
+            self._listening.cancel()  # Endpoints take their time; others are open.
 
     def force_stop(self) -> None:
         """While it drains: close what is left now."""
-        for drain in list(self._drains):
-            drain.force()
+        for server in list(self._drains):
+            server.force_drain()

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 class Startable(Protocol):
     """A connection that was accepted and has not started."""
 
+    @property
+    def may_start(self) -> bool:
+        """Whether that is still to be done: it may have been evicted meanwhile."""
+
     def start(self) -> None:
         """Run its handler."""
 
@@ -48,10 +52,17 @@ class Starts:
         if self._may_start:
             self._schedule()
 
+    def start_now(self) -> None:
+        """What waits starts in this turn, unless nothing may start yet."""
+        if self._may_start:
+            self._start()
+
     def refuse_all(self) -> None:
         """Close what was accepted and has not started."""
         while self._waiting:
-            self._waiting.popleft().refuse()
+            connection = self._waiting.popleft()
+            if connection.may_start:
+                connection.refuse()
 
     def _schedule(self) -> None:
         if not self._is_due:
@@ -65,6 +76,8 @@ class Starts:
         for _ in range(len(self._waiting)):
             if not self._waiting:
                 break
-            self._waiting.popleft().start()
+            connection = self._waiting.popleft()
+            if connection.may_start:
+                connection.start()
         if self._waiting:
             self._schedule()

@@ -67,6 +67,7 @@ class StreamConnection(Connection[AddressT]):
         "_chunks",
         "_discarded",
         "_flush_timeout",
+        "_had_eof_of_drain",
         "_handler",
         "_has_flow_control",
         "_host",
@@ -119,6 +120,7 @@ class StreamConnection(Connection[AddressT]):
         self._is_being_lost = False
         self._is_write_side_shut = False
         self._peer_eof = False
+        self._had_eof_of_drain = False
         self._aborted = False
 
     def connectionMade(self) -> None:
@@ -248,10 +250,11 @@ class StreamConnection(Connection[AddressT]):
         self._is_being_lost = True
         if (
             self._host is None
-            and self.is_running
+            and (self.is_running or self._factory.listening_on() is None)
             and self._factory.is_listening_anywhere
         ):
-            # The handler may still ask: 6 % of a short connection.
+            # The handler may still ask, or nobody else knows: 6 % of a short
+            # connection.
             self._host = self.transport.getHost()
         if (
             self._phase is _OPEN
@@ -349,7 +352,31 @@ class StreamConnection(Connection[AddressT]):
     def _has_eof(self) -> bool:
         return self._peer_eof
 
+    @property
+    def had_eof_of_drain(self) -> bool:
+        return self._had_eof_of_drain
+
+    def tell_of_drain(self) -> None:
+        """The server drains: the handler is told, then its reader."""
+        super().tell_of_drain()
+        if not self._is_released:
+            self.reader.tell_of_drain()
+
     # For the reader and the writer.
+
+    def gives_eof_for_drain(self, asked: bool | None) -> bool:
+        """
+        The server drains, and the reader waits at a boundary: whether that is EOF.
+        Not while bytes of a next message wait in the kernel: that is answered.
+
+        :param asked: whether the handler wants it; ``None`` when it does not say.
+        """
+        if asked is None:
+            asked = self._factory.settings.eof_on_drain
+        if not asked or (self._socket is not None and kernel.has_input(self._socket)):
+            return False
+        self._had_eof_of_drain = True
+        return True
 
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""

@@ -20,10 +20,13 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 import tcpsvc
+from tcpsvc import tap_limits
 from tcpsvc.daemon import Daemon
+from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
-from tcpsvc.options import ENGINES
-from tcpsvc.service import DRAIN_TIMEOUT, TcpService
+from tcpsvc.options import ENGINES, EXHAUSTION_POLICIES, networks
+from tcpsvc.places import places_text
+from tcpsvc.service import TcpService
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 
@@ -89,7 +92,7 @@ class Options(usage.Options):
             "max-connections",
             None,
             None,
-            "Connections at a time per listener; others wait. [default: by ulimit]",
+            "Connections at a time, over all listeners. [default: by ulimit]",
             _number(int, "max-connections", 1),
         ],
         [
@@ -114,6 +117,12 @@ class Options(usage.Options):
             _age_limit,
         ],
         [
+            "on-exhaustion",
+            None,
+            "back-off",
+            "What becomes of clients when descriptors run out: back-off or shed.",
+        ],
+        [
             "on-handler-error",
             None,
             "log",
@@ -127,14 +136,30 @@ class Options(usage.Options):
             _number(float, "drain-timeout", 0),
         ],
         [
+            "drain-announce",
+            None,
+            0.0,
+            "Seconds that a stop still accepts, for health checks to fail first.",
+            _number(float, "drain-announce", 0),
+        ],
+        [
+            "drain-spread",
+            None,
+            0.0,
+            "Seconds over which a stop spreads the closes of what is left.",
+            _number(float, "drain-spread", 0),
+        ],
+        [
             "engine",
             None,
             "auto",
             "What serves connections: auto (tcpsvc itself, if it can), or reactor.",
         ],
+        *tap_limits.PARAMETERS,
     ]
     optFlags = [  # noqa: RUF012
         ["drop-incoming", None, "Accept clients and close them at once."],
+        ["eof-on-drain", None, "While it stops, a handler that waits reads EOF."],
         ["reuse-port", None, "Let several processes listen on the same --port."],
     ]
     compData = usage.Completions(
@@ -143,6 +168,8 @@ class Options(usage.Options):
             "socket": usage.CompleteFiles(),
             "on-handler-error": usage.CompleteList(["raise", "ignore", "log"]),
             "engine": usage.CompleteList(list(ENGINES)),
+            **tap_limits.COMPLETIONS,
+            "on-exhaustion": usage.CompleteList(list(EXHAUSTION_POLICIES)),
         }
     )
 
@@ -151,6 +178,8 @@ class Options(usage.Options):
         self["listen"] = []
         self["port"] = []
         self["socket"] = []
+        self["allow"] = []
+        self["deny"] = []
 
     def opt_listen(self, description: str) -> None:
         """
@@ -175,6 +204,16 @@ class Options(usage.Options):
     def opt_socket(self, path: str) -> None:
         """Listen on a UNIX socket at this path. May be given again."""
         self["socket"].append(path)
+
+    def opt_allow(self, network: str) -> None:
+        """
+        Let in only clients of this network, such as 10.0.0.0/8. May be given again.
+        """
+        self["allow"].append(_network("allow", network))
+
+    def opt_deny(self, network: str) -> None:
+        """Let in no clients of this network. May be given again."""
+        self["deny"].append(_network("deny", network))
 
     def opt_version(self) -> None:
         """Print the version of tcpsvc, and exit."""
@@ -214,6 +253,13 @@ class Options(usage.Options):
             raise usage.UsageError(
                 f"--engine {self['engine']}: not one of {', '.join(ENGINES)}"
             )
+        if self["eof-on-drain"] and self["kind"] != "handler":
+            raise usage.UsageError(f"--eof-on-drain: --{self['kind']} has no reader")
+        if self["on-exhaustion"] not in EXHAUSTION_POLICIES:
+            raise usage.UsageError(
+                f"--on-exhaustion {self['on-exhaustion']}: not one of "
+                + ", ".join(EXHAUSTION_POLICIES)
+            )
         if self["reuse-port"] and not self["port"]:
             raise usage.UsageError(
                 "--reuse-port is for --port; an endpoint of --listen has its own "
@@ -222,7 +268,7 @@ class Options(usage.Options):
 
     def places(self) -> list[WhereToListen[Any, Any]]:
         """
-        Everywhere that is to be listened on.
+        Everywhere that is to be listened on, by one server.
 
         :raises ValueError: a path or a description is no good.
         """
@@ -236,6 +282,14 @@ class Options(usage.Options):
             _place(description, self["backlog"]) for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
+
+
+def _network(option: str, text: str) -> str:
+    try:
+        networks(option, [text])
+    except ValueError as error:
+        raise usage.UsageError(f"--{error}") from error
+    return text
 
 
 def _place(description: str, backlog: int | None) -> WhereToListen[Any, Any]:
@@ -288,12 +342,12 @@ def makeService(options: Options) -> Daemon:
     failures: list[Failure] = []
     where = ""
     try:
-        for service in _services(options):
-            service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
-            where = f"{service.where}: "
-            service.bind().addErrback(failures.append)
-            if failures:
-                failures[0].raiseException()
+        service = _service(options)
+        service.setServiceParent(daemon)  # type: ignore[no-untyped-call]
+        where = f"{places_text(options.places())}: "
+        service.bind().addErrback(failures.append)
+        if failures:
+            failures[0].raiseException()
     except (ValueError, TypeError, CannotListenError) as error:
         refuse(error)
     except Exception as error:
@@ -302,7 +356,7 @@ def makeService(options: Options) -> Daemon:
     return daemon
 
 
-def _services(options: Options) -> list[TcpService]:
+def _service(options: Options) -> TcpService:
     make: Any = TcpService
     handler = options["function"]
     if options["kind"] == "sock-handler":
@@ -326,13 +380,19 @@ def _services(options: Options) -> list[TcpService]:
         if options["on-handler-error"] == "log"
         else options["on-handler-error"],
         "drain_timeout": options["drain-timeout"],
+        "drain_announce": options["drain-announce"],
+        "drain_spread": options["drain-spread"],
         "max_connections": options["max-connections"],
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
+        **tap_limits.limits_of(options),
+        "on_exhaustion": options["on-exhaustion"],
     }
     if options["backlog"] is not None:
         common["backlog"] = options["backlog"]
     if options["kind"] == "handler":
         common["buffer_age_limit"] = options["buffer-age-limit"]
-    return [make(where, handler, **common) for where in options.places()]
+        common["eof_on_drain"] = bool(options["eof-on-drain"])
+    service: TcpService = make(options.places(), handler, **common)
+    return service

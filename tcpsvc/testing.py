@@ -590,6 +590,13 @@ class Client(TwistedProtocol):
 
     # What the reader needs.
 
+    #: It is no server.
+    draining = False
+
+    def gives_eof_for_drain(self, asked: bool | None) -> bool:
+        """Never."""
+        return False
+
     def pause_reading(self) -> None:
         if not self._is_paused and not self._is_lost.has_happened:
             self._is_paused = True

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
@@ -31,8 +33,9 @@ from tcpsvc.sockets import (
 )
 
 InetAddress = IPv4Address | IPv6Address
-AddressT = TypeVar("AddressT", bound=IAddress)
-ListeningOnT = TypeVar("ListeningOnT")
+# Covariant: a list of places of several kinds is one of places of a common kind.
+AddressT = TypeVar("AddressT", bound=IAddress, covariant=True)  # noqa: PLC0105
+ListeningOnT = TypeVar("ListeningOnT", covariant=True)  # noqa: PLC0105
 
 #: Every IPv4 address of this host; with ``dual_stack=True`` every IPv6 one too.
 ALL_ADDRESSES: Final = "0.0.0.0"
@@ -58,6 +61,11 @@ def address_text(address: object) -> str:
     if isinstance(address, UNIXAddress):
         return f"unix:{one_line(os.fsdecode(address.name or b''))}"
     return str(address)
+
+
+def addresses_text(addresses: Iterable[object]) -> str:
+    """Several addresses in one line, as :func:`address_text` says each."""
+    return ", ".join(address_text(address) for address in addresses)
 
 
 @dataclass(slots=True)
@@ -275,6 +283,24 @@ class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
         """What :attr:`tcpsvc.Server.listening_on` says, given the real address."""
         return cast(ListeningOnT, address)
 
+    @property
+    def leaves_port_to_os(self) -> bool:
+        """Whether it is an inet place with port 0."""
+        return False
+
+    def with_port(self, port: int) -> SocketPlace[AddressT, ListeningOnT]:
+        """The same inet place with another port."""
+        raise NotImplementedError  # pragma: no cover
+
+    def again(self, address: IAddress) -> SocketPlace[AddressT, ListeningOnT]:
+        """
+        Where to listen on the very same address once more (spec Z4).
+
+        :param address: where it listens now.
+        :raises ValueError: that cannot be promised; it says why.
+        """
+        raise NotImplementedError  # pragma: no cover
+
 
 def _check_given(given: socket.socket, family: int) -> None:
     if not isinstance(given, socket.socket):
@@ -333,6 +359,21 @@ class _Inet(SocketPlace[InetAddress, int]):
     def listening_on(self, address: IAddress) -> int:
         return cast(InetAddress, address).port
 
+    @property
+    def leaves_port_to_os(self) -> bool:
+        return self.port == CHOSEN_BY_OS
+
+    def with_port(self, port: int) -> _Inet:
+        return replace(self, port=port)
+
+    def again(self, address: IAddress) -> _Inet:
+        if not self.reuseaddr:
+            raise ValueError(
+                "without reuseaddr its own connections keep the port from being "
+                "bound again"
+            )
+        return self.with_port(cast(InetAddress, address).port)
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
@@ -370,6 +411,16 @@ class _Unix(SocketPlace[UNIXAddress, str]):
 
     def listening_on(self, address: IAddress) -> str:
         return self.path
+
+    def again(self, address: IAddress) -> _Unix:
+        # Absolute, and with the permissions that it has: directory and umask may
+        # have changed since, as those of a daemon do.
+        path = os.fsdecode(cast(Any, address).name)
+        try:
+            mode = stat.S_IMODE(os.lstat(path).st_mode)
+        except OSError:
+            return replace(self, path=path)
+        return replace(self, path=path, mode=mode)
 
     def __str__(self) -> str:
         return f"unix:{one_line(self.path)}"
@@ -424,6 +475,9 @@ class _Descriptor(SocketPlace[IAddress, IAddress]):
         made.setblocking(False)
         return ListeningSocket(made, is_shared=True, maps_ipv4=_maps_ipv4(made))
 
+    def again(self, address: IAddress) -> _Descriptor:
+        raise ValueError("who has opened that descriptor may hold it too")
+
     def __str__(self) -> str:
         return f"fd:{self.fd}"
 
@@ -461,6 +515,10 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
                 f"endpoint={self.endpoint!r} cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def again(self, address: IAddress) -> EndpointPlace:
+        """:raises ValueError: always; it says why."""
+        raise ValueError("an endpoint does not promise the same address again")
 
     def __str__(self) -> str:
         if isinstance(self.endpoint, str):

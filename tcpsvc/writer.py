@@ -63,6 +63,13 @@ class Written(Protocol):
         """Whether the write side can be closed alone."""
 
     @property
+    def draining(self) -> bool:
+        """Whether the server drains."""
+
+    def when_draining(self) -> Deferred[None]:
+        """A Deferred: it does."""
+
+    @property
     def reason(self) -> Reason | None:
         """Why it ends."""
 
@@ -275,6 +282,22 @@ class Writer:
         if self._consumer_left is None:
             self._consumer_left = Event()
         return self._consumer_left.wait()
+
+    @property
+    def draining(self) -> bool:
+        """
+        Whether the server drains: it accepts nobody any more, and handlers should
+        come to an end.
+        """
+        return self._connection.draining
+
+    def when_draining(self) -> Deferred[None]:
+        """
+        :returns: a Deferred of one's own that fires when :attr:`draining` becomes
+            true, or has fired already. It never does if the connection is over
+            before. Cancelling it affects nobody else.
+        """
+        return self._connection.when_draining()
 
     def abort(self) -> None:
         """Close at once with a reset; what was not sent is lost."""

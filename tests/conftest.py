@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from tcpsvc.options import ENGINES, Settings
-from tests.kinds import scene
+from tests.anywhere import scene
 from tests.support import (
     connect,
     logs,

@@ -15,7 +15,7 @@ from zope.interface.verify import verifyObject
 
 from tcpsvc import ConnectionSnapshot, IConnection, Observer, Reason, Server
 from tcpsvc.testing import MemoryServer
-from tests.kinds import CREATE, Handlers, everywhere
+from tests.anywhere import CREATE, Handlers, everywhere
 from tests.support import in_thread, the_reactor, turn, until
 
 EVERYWHERE = ("tcp", "tcp-reactor", "unix", "unix-reactor", "tls", "memory")

@@ -60,7 +60,8 @@ if shutil.which("systemd-socket-activate") is None:
 #: Which lines of the sessions with ``nc`` are typed.
 TYPED = {
     "Ada", "Grace", "hello", "stop", "still here",
-    "6 3", "1 0", "8 4", "9 3", "nonsense",
+    "6 3", "1 0", "8 4", "9 3", "nonsense", "hold", "refuse", "resume",
+    "I am Ada", "who", "close",
 }  # fmt: skip
 
 _BLOCK = re.compile(
@@ -390,6 +391,21 @@ def test_limits_example(shell: Shell) -> None:
     third.close()
 
 
+def test_shedding_example(shell: Shell) -> None:
+    """shedding.py: without descriptors it tells who operates it, and the client."""
+    process = shell.serve("ulimit -n 24; exec python shedding.py")
+    clients = []
+    try:
+        while True:
+            clients.append(shell.connect(8008))
+            clients[-1].sendall(b"hello")
+            assert clients[-1].recv(5) == b"hello"
+    except (ConnectionResetError, BrokenPipeError):
+        process.wait_for(r"^Too many open files, with \d+ connections$")
+    for client in clients:
+        client.close()
+
+
 def test_embedded_example(shell: Shell) -> None:
     """embedded.py: the handler tells of the application's own timer."""
     shell.serve("python embedded.py")
@@ -480,10 +496,55 @@ def test_the_warning_about_raise_is_true(shell: Shell) -> None:
     shell.servers.clear()
 
 
+def test_draining_example(shell: Shell) -> None:
+    """draining.py: the health check fails, a message is answered, the idle leave."""
+    process = shell.serve("python draining.py")
+
+    def health() -> bytes:
+        with shell.connect(8013) as client:
+            return client.recv(100)
+
+    assert health() == b"up\n"
+    idle, busy = shell.connect(8012), shell.connect(8012)
+    for client in (idle, busy):
+        client.sendall(b"hello\n")
+        assert client.recv(100) == b"hello\n"
+    busy.sendall(b"hal")
+    process.signal()
+    while health() == b"up\n":
+        pass
+    with shell.connect(8012) as late:
+        late.sendall(b"late\n")
+        assert late.recv(100) == b"late\n"
+    farewell = b"This server stops. Come back soon!\n"
+    assert idle.recv(100) == farewell
+    busy.sendall(b"lo\n")
+    with busy.makefile("rb") as output:
+        assert output.read() == b"hallo\n" + farewell
+    for client in (idle, busy):
+        client.close()
+    process.wait_for("drained: .*2 closed idle; longest wait")
+
+
+def test_ticker_example(shell: Shell) -> None:
+    """ticker.py: it is told, and says goodbye at once."""
+    [command] = [
+        c for c, _ in sessions(DOCS / "howto" / "draining.rst") if "ticker" in c
+    ]
+    process = shell.serve(command)
+    with shell.connect(8014) as client:
+        assert client.recv(100) == b"tick\n"
+        process.signal()
+        with client.makefile("rb") as output:
+            assert output.read().endswith(b"No more ticks today.\n")
+    process.wait_for("drained in 0.0 s: 1 finished; longest wait 0.0 s")
+
+
 #: Examples that no session runs, and the test that does.
 RUN_BY = {
     "inline.py": test_inline_example,
     "limits.py": test_limits_example,
+    "shedding.py": test_shedding_example,
     "patient.py": "test_hello_trial.py",
     "hello.service": test_systemd_example,
     "hello.socket": test_systemd_example,

@@ -1,19 +1,27 @@
-"""Stopping step by step, on a clock of the test's own (issue 2, section 3)."""
+"""
+Stopping step by step, on a clock of the test's own (issue 2, section 3; issue 4,
+section 6).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
-from twisted.logger import LogLevel
+from twisted.logger import LogLevel, formatEvent
+from twisted.python.failure import Failure
 
-from tcpsvc.drain import GRACE, REPORT_INTERVAL, Drain
-from tests.support import Logs, in_thread, turn, until
+from tcpsvc import DrainReport, Observer, Reason
+from tcpsvc.drain_lines import REPORT_INTERVAL
+from tcpsvc.drain_options import GRACE
+from tcpsvc.stream_connection import StreamConnection
+from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
 
 
 class Fired:
@@ -24,7 +32,7 @@ class Fired:
         deferred.addBoth(self.results.append)
 
     def __bool__(self) -> bool:
-        return self.results == [None]
+        return len(self.results) == 1 and not isinstance(self.results[0], Failure)
 
 
 async def until_over(fired: Any, clock: Clock) -> None:
@@ -36,6 +44,12 @@ async def until_over(fired: Any, clock: Clock) -> None:
 async def reads(address: Any, reader: Any, writer: Any) -> None:
     """Goes on until its client has left or was closed."""
     await reader.drain_to_eof()
+
+
+async def floods(address: Any, reader: Any, writer: Any) -> None:
+    """Writes more than the kernel takes, and ends only when cancelled."""
+    writer.write(b"x" * 20_000_000)
+    await Deferred()
 
 
 async def deaf(address: Any, reader: Any, writer: Any) -> None:
@@ -72,16 +86,15 @@ async def test_with_no_connection_it_is_over_when_the_port_is_closed(
 ) -> None:
     """No line, no timer, no wait."""
     server = await serve(reads, clock=clock)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=30.0))
     assert server.is_closed
     assert not over
     await until_over(over, clock)
     assert remaining(logs) == []
-    drain.force()
-    drain.force()
+    server.force_drain()
+    server.force_drain()
     assert not [t for t in logs.texts() if "closing" in t]
-    assert Fired(drain.when_done())
+    assert Fired(server.drain())
 
 
 @ensureDeferred
@@ -92,7 +105,7 @@ async def test_a_closed_server_that_has_ended_is_drained_at_once(
     server = await serve(reads, clock=clock)
     server.close()
     await server.close_finished_and_handlers_determined()
-    assert Fired(Drain(server, 30.0).when_done())
+    assert Fired(server.drain(timeout=30.0))
     assert clock.getDelayedCalls() == []
 
 
@@ -102,7 +115,7 @@ async def test_once_a_second_a_line_says_how_many_remain(
 ) -> None:
     """Exactly once, at once and then each second; nobody is closed by it."""
     server, clients = await serving(serve, connect, reads, clock, 3)
-    over = Fired(Drain(server, 30.0).when_done())
+    over = Fired(server.drain(timeout=30.0))
     assert remaining(logs) == [3]
     clock.advance(REPORT_INTERVAL / 2)
     assert remaining(logs) == [3]
@@ -136,7 +149,7 @@ async def test_a_handler_finishes_what_it_does(
         writer.write(b"x" * 1_000_000)
 
     server, (client,) = await serving(serve, connect, answers, clock, 1)
-    over = Fired(Drain(server, 30.0).when_done())
+    over = Fired(server.drain(timeout=30.0))
     clock.advance(29.0)
     go.callback(None)
     assert await in_thread(client.read_all) == b"x" * 1_000_000
@@ -150,7 +163,7 @@ async def test_when_the_time_is_up_what_is_left_is_closed(
 ) -> None:
     """On the dot, also when the timeout is no whole number of seconds."""
     server, clients = await serving(serve, connect, reads, clock, 2)
-    over = Fired(Drain(server, 2.5).when_done())
+    over = Fired(server.drain(timeout=2.5))
     clock.advance(1.0)
     clock.advance(1.0)
     clock.advance(0.499)
@@ -171,7 +184,7 @@ async def test_a_timeout_of_nothing_closes_at_once(
 ) -> None:
     """--drain-timeout 0."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    over = Fired(Drain(server, 0).when_done())
+    over = Fired(server.drain(timeout=0))
     assert not over
     assert await in_thread(client.read_all) == b""
     await until_over(over, clock)
@@ -184,7 +197,7 @@ async def test_without_a_timeout_it_waits_for_ever(
 ) -> None:
     """``drain_timeout=None``."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    over = Fired(Drain(server, None).when_done())
+    over = Fired(server.drain(timeout=None))
     clock.pump([REPORT_INTERVAL] * 1000)
     assert remaining(logs) == [1] * 1001
     assert "of any" in [t for t in logs.texts() if "draining" in t][-1]
@@ -214,7 +227,7 @@ async def test_a_handler_that_outlives_its_connection_is_cancelled(
     connect(server)
     await until(lambda: server.num_connections == 1)
     await turn()
-    over = Fired(Drain(server, 1.0).when_done())
+    over = Fired(server.drain(timeout=1.0))
     clock.advance(1.0)
     clock.advance(GRACE - 0.001)
     assert ended == []
@@ -243,7 +256,7 @@ async def test_a_handler_that_does_not_end_is_given_up(
 
     waiters: list[Deferred[None]] = []
     server, _ = await serving(serve, connect, stubborn, clock, 2)
-    over = Fired(Drain(server, 0.0).when_done())
+    over = Fired(server.drain(timeout=0.0))
     clock.advance(GRACE)
     assert len(cancels) == 2
     clock.advance(GRACE - 0.001)
@@ -265,11 +278,10 @@ async def test_force_closes_and_cancels_at_once(
 ) -> None:
     """The second signal: no grace before the cancellation; twice is once."""
     server, clients = await serving(serve, connect, deaf, clock, 2)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=30.0))
     clock.advance(1.0)
-    drain.force()
-    drain.force()
+    server.force_drain()
+    server.force_drain()
     clock.advance(0)
     for client in clients:
         assert await in_thread(client.read_all) == b""
@@ -283,11 +295,10 @@ async def test_force_ends_the_grace_of_a_timeout(
 ) -> None:
     """After the time was up, a signal still cancels at once."""
     server, _ = await serving(serve, connect, deaf, clock, 1)
-    drain = Drain(server, 1.0)
-    over = Fired(drain.when_done())
+    over = Fired(server.drain(timeout=1.0))
     clock.advance(1.0)
     assert not over
-    drain.force()
+    server.force_drain()
     clock.advance(0)
     await until_over(over, clock)
     assert len([t for t in logs.texts() if "closing 1 connections" in t]) == 1
@@ -308,12 +319,11 @@ async def test_force_does_not_put_off_the_giving_up(
                 pass
 
     server, _ = await serving(serve, connect, stubborn, clock, 1)
-    drain = Drain(server, 30.0)
-    over = Fired(drain.when_done())
-    drain.force()
+    over = Fired(server.drain(timeout=30.0))
+    server.force_drain()
     clock.advance(0)
     clock.advance(GRACE / 2)
-    drain.force()
+    server.force_drain()
     clock.advance(GRACE / 2)
     await until_over(over, clock)
     logs.take(LogLevel.error)
@@ -328,12 +338,819 @@ async def test_each_who_waits_has_a_deferred_of_their_own(
 ) -> None:
     """Cancelling one, or its callbacks, change nothing for the next."""
     server, (client,) = await serving(serve, connect, reads, clock, 1)
-    drain = Drain(server, 30.0)
-    first, second, third = (drain.when_done() for _ in range(3))
+    first, second, third = (server.drain(timeout=30.0) for _ in range(3))
     first.addErrback(lambda _: None)
     first.cancel()
     second.addCallback(lambda _: "changed")
     over = Fired(third)
     client.close()
     await until_over(over, clock)
-    assert Fired(drain.when_done())
+    assert Fired(server.drain())
+
+
+# The announcement.
+
+
+@ensureDeferred
+async def test_while_it_is_announced_it_still_accepts(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """Health checks fail first; handlers are not told before it accepts nobody."""
+    told: list[bool] = []
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        told.append(writer.draining)
+        await writer.when_draining()
+        told.append(writer.draining)
+        writer.write(b"bye")
+
+    server = await serve(handler, clock=clock)
+    assert server.is_draining is False
+    over = Fired(server.drain(announce=5.0, timeout=30.0))
+    assert server.is_draining is True
+    assert not server.is_closed
+    assert [t for t in logs.texts() if "accepting for another 5 s" in t]
+    client = connect(server)
+    await until(lambda: told == [False])
+    clock.advance(4.999)
+    assert not server.is_closed
+    assert told == [False]
+    clock.advance(0.001)
+    assert server.is_closed
+    assert await in_thread(client.read_all) == b"bye"
+    assert told == [False, True]
+    client.close()
+    await until_over(over, clock)
+    assert server.is_draining is True
+    assert over.results == [DrainReport(finished=1)]
+
+
+@ensureDeferred
+async def test_an_idle_server_is_drained_when_the_announcement_is_over(
+    serve: Any, clock: Clock, logs: Logs
+) -> None:
+    """Not before: a client may still come. And at once then."""
+    server = await serve(reads, clock=clock)
+    over = Fired(server.drain(announce=3.0, timeout=None, spread=9.0))
+    clock.advance(2.999)
+    await turn(0.01)
+    assert not over
+    clock.advance(0.001)
+    await until_over(over, clock)
+    assert over.results == [DrainReport()]
+    assert "drained in 3.0 s: no connections" in logs.texts()[-1]
+
+
+@pytest.mark.parametrize("how", ["close", "close all", "error"])
+@ensureDeferred
+async def test_who_closes_the_server_ends_its_announcement(
+    serve: Any, connect: Any, clock: Clock, how: str
+) -> None:
+    """There is nothing to announce any more: the handlers are told."""
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        if await reader.read(1) == b"!":
+            raise ValueError("oh dear")
+
+    server = await serve(handler, clock=clock, on_handler_error="raise")
+    failed = server.failed()
+    failed.addErrback(lambda failure: failure.trap(ValueError) and None)
+    clients = [connect(server) for _ in range(2)]
+    await until(lambda: server.num_connections == 2)
+    await turn()
+    over = Fired(server.drain(announce=60.0, timeout=30.0))
+    waiting = [server.connection(c.id).when_draining() for c in server.connections]
+    if how == "error":
+        clients[0].send(b"!")
+    else:
+        server.close(close_existing_connections=how == "close all")
+        assert not server._factory.is_draining  # Not within close.
+    await until(lambda: server._factory.is_draining)
+    if how == "close":
+        assert [w.called for w in waiting] == [True, True]
+    for client in clients:
+        client.close()
+    await until_over(over, clock)
+    # What had ended by then was there before the server accepted nobody, or after.
+    assert over.results[0].given_up == over.results[0].cancelled == 0
+
+
+@ensureDeferred
+async def test_dropping_goes_on_while_it_is_announced(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """D1: they are accepted and closed, and no part of the drain."""
+    server = await serve(reads, clock=clock, drop_incoming_connections=True)
+    over = Fired(server.drain(announce=3.0))
+    assert await in_thread(connect(server).read_all) == b""
+    server.set_drop_incoming_connections(False)
+    served = connect(server)
+    await until(lambda: server.num_connections == 1)
+    server.set_drop_incoming_connections(True)
+    assert await in_thread(connect(server).read_all) == b""
+    clock.advance(3.0)
+    served.close()
+    await until_over(over, clock)
+    assert over.results[0].connections == 1
+
+
+@pytest.mark.parametrize("how", ["hold", "refuse"])
+@ensureDeferred
+async def test_a_paused_server_is_drained_too(
+    serve: Any, connect: Any, clock: Clock, how: Any
+) -> None:
+    """It accepts nobody anyway; resumed in the announcement it does."""
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    await server.pause(how)
+    over = Fired(server.drain(announce=2.0, timeout=30.0))
+    clock.advance(1.0)
+    assert server.is_draining
+    assert not server.is_closed
+    await server.resume()
+    clients.append(connect(server))
+    await until(lambda: server.num_connections == 2)
+    await server.pause(how)
+    clock.advance(1.0)
+    assert server.is_closed
+    for client in clients:
+        client.close()
+    await until_over(over, clock)
+    assert over.results[0].connections == 2
+
+
+@ensureDeferred
+async def test_several_listeners_are_one_drain(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """With one report, and each of them in its lines."""
+    server = await serve(reads, where=[LOOPBACK, LOOPBACK], clock=clock)
+    addresses = [listener.address for listener in server.listeners]
+    clients = [connect(address) for address in addresses]
+    await until(lambda: server.num_connections == 2)
+    over = Fired(server.drain(timeout=30.0))
+    for client in clients:
+        client.close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=2)]
+    said = logs.texts()[-1]
+    assert all(f"127.0.0.1:{address.port}" in said for address in addresses)
+
+
+# What is asked for.
+
+
+@pytest.mark.parametrize("name", ["announce", "timeout", "spread", "grace"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        (float("-inf"), ValueError),
+        ("5", TypeError),
+        (True, TypeError),
+        (b"", TypeError),
+    ],
+)
+@ensureDeferred
+async def test_bad_values_are_refused_before_anything_happens(
+    serve: Any, clock: Clock, name: str, value: Any, error: Any
+) -> None:
+    """They are named; the server goes on."""
+    server = await serve(reads, clock=clock)
+    with pytest.raises(error, match=f"^{name}="):
+        server.drain(**{"timeout": 1.0, "announce": 1.0, name: value})
+    assert not server.is_draining
+    assert not server.is_closed
+    over = Fired(server.drain(announce=7.0))
+    with pytest.raises(error, match=f"^{name}="):
+        server.drain(**{"announce": 0.0, name: value})
+    assert not server.is_closed
+    server.drain(announce=0)
+    await until_over(over, clock)
+
+
+@ensureDeferred
+async def test_what_would_never_end_is_refused_but_for_the_timeout(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """None, and infinity, are any time to finish."""
+    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    for name in ("announce", "spread", "grace"):
+        with pytest.raises(ValueError, match=f"{name}=inf"):
+            server.drain(**{name: float("inf")})
+        with pytest.raises(TypeError, match=f"{name}=None"):
+            server.drain(**{name: None})
+    with pytest.raises(TypeError, match="unknown option patience=3"):
+        server.drain(patience=3)
+    assert not server.is_draining
+    over = Fired(server.drain(timeout=float("inf")))
+    assert "of any" in logs.texts()[-1]
+    client.close()
+    await until_over(over, clock)
+
+
+# Called again.
+
+
+@ensureDeferred
+async def test_a_further_call_shortens_the_announcement(
+    serve: Any, clock: Clock
+) -> None:
+    """To so long from now on, and never more."""
+    server = await serve(reads, clock=clock)
+    first = Fired(server.drain(announce=10.0))
+    clock.advance(2.0)
+    second = Fired(server.drain(announce=5.0))
+    third = Fired(server.drain(announce=60.0))
+    fourth = Fired(server.drain())
+    clock.advance(4.999)
+    assert not server.is_closed
+    clock.advance(0.001)
+    assert server.is_closed
+    await until_over(fourth, clock)
+    assert first.results == second.results == third.results == [DrainReport()]
+
+
+@ensureDeferred
+async def test_a_further_call_shortens_the_timeout(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """From now on; what would end later than before changes nothing."""
+    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    over = Fired(server.drain(timeout=None))
+    clock.advance(100.0)
+    server.drain(timeout=10.0)
+    clock.advance(6.0)
+    server.drain(timeout=10.0)
+    server.drain(timeout=None)
+    assert "of 110 s" in logs.texts()[-1]
+    clock.advance(3.999)
+    assert not server._factory.connections[0].is_socket_closed
+    clock.advance(0.001)
+    assert await in_thread(client.read_all) == b""
+    await until_over(over, clock)
+    assert over.results == [DrainReport(closed=1, longest_wait=110.0)]
+
+
+@ensureDeferred
+async def test_a_further_call_shortens_what_is_still_to_come(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """Each phase by itself; what is not named stays as it was."""
+    server, _ = await serving(serve, connect, deaf, clock, 2)
+    over = Fired(server.drain(announce=1.0, timeout=20.0, spread=20.0, grace=20.0))
+    server.drain(timeout=2.0)
+    server.drain(spread=4.0, grace=8.0)
+    server.drain(grace=9.0)
+    opened = [c.when_socket_closed for c in server._factory.connections]
+    clock.advance(1.0)
+    assert server.is_closed
+    clock.advance(2.0)
+    for second in (2.0, 2.0):
+        clock.advance(second - 0.001)
+        closed = sum(e.has_happened for e in opened)
+        clock.advance(0.001)
+        assert sum(e.has_happened for e in opened) == closed + 1
+    clock.advance(7.999)
+    await turn()
+    assert not over
+    clock.advance(0.001)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(cancelled=2, longest_wait=14.0)]
+
+
+@ensureDeferred
+async def test_a_further_call_shortens_the_graces(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """The one before the cancellation, and the one after it."""
+    handler, release = stubborn_and_its_release()
+    server, _ = await serving(serve, connect, handler, clock, 1)
+    over = Fired(server.drain(timeout=0, grace=10.0))
+    clock.advance(1.0)
+    assert release.cancels == 0
+    server.drain(grace=4.0)
+    clock.advance(3.999)
+    assert release.cancels == 0
+    clock.advance(0.001)
+    assert release.cancels == 1
+    clock.advance(1.0)
+    server.drain(grace=2.0)
+    server.drain(grace=100.0)
+    clock.advance(1.999)
+    assert not over
+    clock.advance(0.001)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(given_up=1, longest_wait=8.0)]
+    logs.take(LogLevel.error)
+    release()
+
+
+@ensureDeferred
+async def test_a_shorter_spread_is_spread_anew(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """What is left, evenly over what is left of the time."""
+    server, _ = await serving(serve, connect, reads, clock, 6)
+    over = Fired(server.drain(timeout=0, spread=60.0))
+    clock.advance(20.0)
+    assert len(server._factory.connections) == 4
+    server.drain(spread=8.0)
+    for left in (3, 2, 1, 0):
+        clock.advance(1.999)
+        assert len(server._factory.connections) == left + 1
+        clock.advance(0.001)
+        assert len(server._factory.connections) == left
+    await until_over(over, clock)
+    assert over.results == [DrainReport(closed=6, longest_wait=28.0)]
+
+
+@ensureDeferred
+async def test_no_time_at_all_goes_on_at_once(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """``drain(timeout=0)`` in the midst of a patient one."""
+    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    over = Fired(server.drain(announce=10.0, timeout=None, spread=5.0))
+    server.drain(announce=0, timeout=0, spread=0)
+    assert await in_thread(client.read_all) == b""
+    await until_over(over, clock)
+
+
+# Spreading.
+
+
+@ensureDeferred
+async def test_the_closes_are_spread_evenly(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """One by one over the whole window, the last at its end; lines go on."""
+    server, _ = await serving(serve, connect, reads, clock, 10)
+    over = Fired(server.drain(timeout=1.0, spread=10.0))
+    clock.advance(1.0)
+    left = []
+    for _ in range(20):
+        left.append(len(server._factory.connections))
+        clock.advance(0.5)
+    assert left == [10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1]
+    await until_over(over, clock)
+    assert over.results == [DrainReport(closed=10, longest_wait=11.0)]
+    assert "closing 10 connections that remain, over 10 s" in "".join(logs.texts())
+    assert len(remaining(logs)) == 10  # At 0 s, and from 2 s to 10 s.
+
+
+@ensureDeferred
+async def test_who_leaves_meanwhile_makes_room_for_the_others(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """The window stays the same, its steps grow."""
+    server, clients = await serving(serve, connect, reads, clock, 8)
+    over = Fired(server.drain(timeout=0, spread=8.0))
+    clock.advance(2.0)
+    assert len(server._factory.connections) == 6
+    for client in clients:
+        client.close()
+    await until(lambda: not server._factory.connections)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(closed=2, finished=6, longest_wait=2.0)]
+
+
+@ensureDeferred
+async def test_many_closes_come_several_at_a_time(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """No timer for each of many; evenly all the same, and never late."""
+    server = await serve(reads, clock=clock, max_accepts_per_batch=50, backlog=128)
+    for _ in range(100):
+        connect(server)
+    await until(lambda: server.num_connections == 100)
+    await turn()
+    over = Fired(server.drain(timeout=0, spread=0.5))
+    for tenth in range(1, 6):
+        for _ in range(10):
+            clock.advance(0.01)
+        assert abs(len(server._factory.connections) - (100 - 20 * tenth)) <= 4
+    await until_over(over, clock)
+    assert over.results == [DrainReport(closed=100, longest_wait=pytest.approx(0.5))]
+
+
+@ensureDeferred
+async def test_with_handlers_alone_there_is_nothing_to_spread(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """Their clients are gone: they are cancelled a grace later."""
+    server, (client,) = await serving(serve, connect, deaf, clock, 1)
+    client.reset()
+    await until(lambda: server._factory.connections[0].is_socket_closed)
+    over = Fired(server.drain(timeout=0, spread=60.0))
+    clock.advance(GRACE)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(cancelled=1, longest_wait=GRACE)]
+
+
+# The end.
+
+
+class Release:
+    """Ends handlers that heed no cancellation."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Deferred[None]] = []
+        self.cancels = 0
+        self.is_over = False
+
+    async def wait(self) -> None:
+        while not self.is_over:
+            self.waiting.append(Deferred())
+            try:
+                await self.waiting[-1]
+            except CancelledError:
+                self.cancels += 1
+
+    def __call__(self) -> None:
+        self.is_over = True
+        for waiting in self.waiting:
+            if not waiting.called:
+                waiting.callback(None)
+
+
+def stubborn_and_its_release() -> tuple[Any, Release]:
+    """A handler that swallows cancellations, and what ends it."""
+    release = Release()
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        await release.wait()
+
+    return handler, release
+
+
+@ensureDeferred
+async def test_who_is_given_up_is_named(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """By the peer; of many the first ten. Their later end harms nobody."""
+    handler, release = stubborn_and_its_release()
+    server, clients = await serving(serve, connect, handler, clock, 12)
+    over = Fired(server.drain(timeout=0, grace=2.0))
+    clock.pump([2.0, 2.0])
+    await until_over(over, clock)
+    assert over.results == [DrainReport(given_up=12, longest_wait=4.0)]
+    (line,) = [formatEvent(e) for e in logs.take(LogLevel.error)]
+    named = [c for c in clients if f":{c.socket.getsockname()[1]}" in line]
+    assert len(named) == 10
+    assert line.endswith(" and 2 more")
+    # What was closed stays so, and the reason why.
+    assert {c.reason for c in server._factory.connections} == {Reason.DRAINED}
+    release()
+    await server.close_finished_and_handlers_determined()
+    assert Fired(server.drain()).results == over.results
+
+
+@ensureDeferred
+async def test_a_socket_that_does_not_close_is_reset(
+    serve: Any, connect: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One grace after the cancellation."""
+    monkeypatch.setattr(StreamConnection, "close_now", lambda self: None)
+    server, (client,) = await serving(serve, connect, floods, clock, 1)
+    over = Fired(server.drain(timeout=0, grace=2.0))
+    clock.advance(2.0)  # The handler is cancelled; a flush that does not end follows.
+    (connection,) = server._factory.connections
+    assert not connection.is_running
+    assert connection.reason is Reason.DRAINED
+    clock.advance(1.999)
+    assert not over
+    clock.advance(0.001)
+    with pytest.raises(ConnectionResetError):
+        await in_thread(client.read_all)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(aborted=1, longest_wait=4.0)]
+
+
+@ensureDeferred
+async def test_no_grace_is_no_grace(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """Closed, cancelled and given up at once; the port is waited for all the same."""
+    handler, release = stubborn_and_its_release()
+    server, _ = await serving(serve, connect, handler, clock, 1)
+    over = Fired(server.drain(timeout=0, grace=0))
+    assert over.results == [DrainReport(given_up=1)]
+    logs.take(LogLevel.error)
+    release()
+    server, _ = await serving(serve, connect, deaf, clock, 1)
+    over = Fired(server.drain(timeout=0, grace=0))
+    assert not over
+    await until_over(over, clock)
+    assert over.results == [DrainReport(cancelled=1)]
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("heeds_the_time", [True, False])
+@ensureDeferred
+async def test_a_call_of_on_handler_error_is_waited_for(
+    serve: Any, connect: Any, clock: Clock, logs: Logs, heeds_the_time: bool
+) -> None:
+    """Not without end."""
+    reporting: Deferred[None] = Deferred()
+
+    async def fails(address: Any, reader: Any, writer: Any) -> None:
+        await reader.read(1)
+        raise ValueError("oh dear")
+
+    server = await serve(fails, clock=clock, on_handler_error=lambda *_: reporting)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    over = Fired(server.drain(timeout=5.0))
+    clock.advance(1.0)
+    client.send(b"x")
+    await until(lambda: server.num_connections == 0)
+    await turn()
+    assert not over
+    if heeds_the_time:
+        reporting.callback(None)
+    else:
+        clock.pump([4.0, GRACE, GRACE])
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1, errors=1, longest_wait=1.0)]
+    if not heeds_the_time:
+        (line,) = logs.take(LogLevel.error)
+        assert line["remaining"] == "calls of on_handler_error"
+        reporting.callback(None)
+
+
+@ensureDeferred
+async def test_close_existing_connections_in_its_midst(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """It ends with them; they were closed, and not by the drain."""
+    server, clients = await serving(serve, connect, reads, clock, 2)
+    connections = server._factory.connections
+    over = Fired(server.drain(timeout=None))
+    server.close(close_existing_connections=True)
+    for client in clients:
+        assert await in_thread(client.read_all) == b""
+    await until_over(over, clock)
+    assert [c.reason for c in connections] == [Reason.CLOSED] * 2
+    assert over.results == [DrainReport(closed=2)]
+
+
+@ensureDeferred
+async def test_the_report_of_a_mixed_crowd(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """Each connection is counted once, by the last thing that was done to it."""
+    release = Release()
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        order = await reader.readline()
+        if order == b"idle\n":
+            reader.eof_when_draining()
+            await reader.read(1)
+        elif order == b"idle error\n":
+            reader.eof_when_draining()
+            await reader.read(1)
+            raise ValueError("oh dear")
+        elif order == b"error\n":
+            await writer.when_draining()
+            raise ValueError("oh dear")
+        elif order == b"flood\n":
+            writer.write(b"x" * 20_000_000)
+        elif order == b"deaf\n":
+            await Deferred()
+        elif order == b"stubborn\n":
+            await release.wait()
+        else:
+            await reader.drain_to_eof()
+
+    server = await serve(handler, clock=clock)
+    orders = [
+        "finish", "finish", "idle", "idle", "idle", "idle error", "error", "flood",
+        "close", "close", "deaf", "stubborn",
+    ]  # fmt: skip
+    clients = [connect(server) for _ in orders]
+    await until(lambda: server.num_connections == len(orders))
+    for client, order in zip(clients, orders, strict=True):
+        client.send(order.encode() + b"\n")
+    connections = server._factory.connections
+    await until(lambda: all(c.bytes_in > 4 for c in connections))
+    await until(lambda: connections[7].reason is Reason.FINISHED)
+    over = Fired(server.drain(timeout=10.0, grace=1.0))
+    clock.advance(3.0)
+    clients[0].shut()
+    clients[1].reset()
+    await until(lambda: [c.is_over for c in connections[:2]] == [True, True])
+    clock.advance(7.0)
+    clock.advance(1.0)
+    clock.advance(1.0)
+    await until_over(over, clock)
+    assert over.results == [
+        DrainReport(
+            finished=3,  # Two clients that left, and a handler that failed.
+            closed_idle=4,
+            closed=3,  # With the flood that nobody reads.
+            cancelled=1,
+            given_up=1,
+            errors=2,
+            longest_wait=12.0,
+        )
+    ]
+    assert over.results[0].connections == len(orders)
+    expected = "3 finished, 4 closed idle, 3 closed, 1 cancelled, 1 given up, 2 failed"
+    assert f"drained in 12.0 s: {expected}; longest wait 12.0 s" in logs.texts()[-1]
+    logs.take(LogLevel.error)
+    reasons = [c.reason for c in connections]
+    drained = Reason.DRAINED
+    assert reasons == [
+        Reason.EOF, Reason.RESET, drained, drained, drained, Reason.ERROR, Reason.ERROR,
+        Reason.FINISHED, drained, drained, drained, drained,
+    ]  # fmt: skip
+    release()
+
+
+def test_a_report_is_a_value() -> None:
+    """Comparable, unchangeable, and a line to print."""
+    report = DrainReport(finished=1, given_up=2, longest_wait=1.25)
+    assert report == DrainReport(finished=1, given_up=2, longest_wait=1.25)
+    assert report.connections == 3
+    assert str(report) == "1 finished, 2 given up; longest wait 1.2 s"
+    assert str(DrainReport()) == "no connections"
+    with pytest.raises(FrozenInstanceError):
+        report.finished = 2  # type: ignore[misc]
+
+
+# By force.
+
+
+@ensureDeferred
+async def test_force_ends_an_announcement(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """Everything at once, whatever was still to come."""
+    server, (client,) = await serving(serve, connect, deaf, clock, 1)
+    over = Fired(server.drain(announce=60.0, timeout=None, spread=60.0, grace=60.0))
+    forced = Fired(server.force_drain())
+    assert await in_thread(client.read_all) == b""
+    await until_over(over, clock)
+    assert forced.results == over.results == [DrainReport(cancelled=1)]
+
+
+@ensureDeferred
+async def test_force_without_a_drain_begins_one(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """With one grace for those who take their time to end."""
+    handler, release = stubborn_and_its_release()
+    server, _ = await serving(serve, connect, handler, clock, 1)
+    over = Fired(server.force_drain())
+    assert release.cancels == 1
+    clock.advance(GRACE - 0.001)
+    assert not over
+    clock.advance(0.001)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(given_up=1, longest_wait=GRACE)]
+    logs.take(LogLevel.error)
+    release()
+
+
+@pytest.mark.parametrize("when", ["finishing", "spreading", "closing", "cancelling"])
+@ensureDeferred
+async def test_force_resets_what_does_not_close(
+    serve: Any, connect: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """At once, in whichever phase."""
+    monkeypatch.setattr(StreamConnection, "close_now", lambda self: None)
+    server, (client,) = await serving(serve, connect, floods, clock, 1)
+    over = Fired(server.drain(timeout=2.0, spread=2.0, grace=2.0))
+    phases = ["finishing", "spreading", "closing", "cancelling"]
+    clock.pump([1.0] + [2.0] * phases.index(when))
+    server.force_drain()
+    with pytest.raises(ConnectionResetError):
+        await in_thread(client.read_all)
+    await until_over(over, clock)
+    assert over.results[0].aborted == 1
+
+
+# Who hears of it, and calls in its midst.
+
+
+class Watcher(Observer):
+    """Notes what it is told of the drain."""
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def server_draining(self) -> None:
+        self.log.append("draining")
+
+    def connection_finished(self, connection: Any) -> None:
+        self.log.append(connection.reason)
+
+    def server_drained(self, report: Any) -> None:
+        self.log.append(report)
+
+
+@ensureDeferred
+async def test_observers_are_told_of_the_beginning_and_the_end(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """Once each, whoever calls how often; nobody observes any longer than that."""
+    log: list[Any] = []
+    server = await serve(reads, clock=clock, observer=Watcher(log))
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    over = server.drain(announce=1.0, timeout=1.0)
+    over.addCallback(log.append)
+    assert log == ["draining"]
+    server.drain()
+    clock.advance(1.0)
+    clock.advance(1.0)
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: over.called)
+    report = DrainReport(closed=1, longest_wait=1.0)
+    assert log == ["draining", Reason.DRAINED, report, report]
+    server.drain()
+    server.force_drain()
+    assert len(log) == 4
+    assert len(server._factory._observers) == 1
+
+
+@ensureDeferred
+async def test_who_was_just_accepted_is_served(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """H5 is for those who were to start after the close: these start before it."""
+
+    class Hasty(Observer):
+        def connection_accepted(self, connection: Any) -> None:
+            the_reactor().callLater(0, server.drain)
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        writer.write(b"open" if not server.is_closed else b"closed")
+
+    server = await serve(handler, clock=clock, observer=Hasty())
+    client = connect(server)
+    assert await in_thread(client.read_all) == b"open"
+    client.close()
+    over = Fired(server.drain())
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
+
+
+@ensureDeferred
+async def test_it_may_be_called_from_its_own_midst(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """From an observer, from handlers that are told, and from who waits for it."""
+    fired: list[Any] = []
+
+    class Eager(Observer):
+        def server_draining(self) -> None:
+            fired.append(Fired(server.drain(timeout=20.0)))
+
+        def server_drained(self, report: Any) -> None:
+            fired.append(Fired(server.drain()))
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        await writer.when_draining()
+        fired.append(Fired(server.drain(timeout=0)))
+        await reader.drain_to_eof()
+        fired.append(Fired(server.drain()))
+
+    server = await serve(handler, clock=clock, observer=Eager())
+    clients = [connect(server) for _ in range(3)]
+    await until(lambda: server.num_connections == 3)
+    await turn()
+    over = server.drain(timeout=30.0)
+    over.addCallback(lambda r: fired.append(Fired(server.force_drain())) or r)
+    fired.append(Fired(over))
+    for client in clients:
+        assert await in_thread(client.read_all) == b""
+    await until(lambda: len(fired) == 10 and all(fired))
+    assert clock.getDelayedCalls() == []
+    reports = {report for f in fired for report in f.results}
+    assert len(reports) == 1
+    assert reports.pop().connections == 3
+
+
+@ensureDeferred
+async def test_a_handler_may_drain_its_own_server(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """It need not wait for itself, and is cancelled if it does."""
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        writer.write(await reader.readline())
+        await server.drain(timeout=5.0)
+
+    server, (client,) = await serving(serve, connect, handler, clock, 1)
+    client.send(b"the end\n")
+    await until(lambda: server.is_closed)
+    over = Fired(server.drain())
+    clock.advance(5.0)
+    assert await in_thread(client.read_all) == b"the end\n"
+    clock.advance(GRACE)
+    await until_over(over, clock)
+    assert over.results == [DrainReport(cancelled=1, longest_wait=5.0 + GRACE)]

@@ -15,7 +15,7 @@ from zope.interface.verify import verifyClass, verifyObject
 from tcpsvc import IObserver, Observer, Reason, ServerFactory
 from tcpsvc.counters import Counters
 from tcpsvc.testing import MemoryServer
-from tests.kinds import CREATE, Handlers, everywhere
+from tests.anywhere import CREATE, Handlers, everywhere
 from tests.support import until
 
 EVENTS = [name for name in IObserver.names() if not name.startswith("_")]

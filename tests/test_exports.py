@@ -64,7 +64,7 @@ async def test_a_server_and_its_streams_provide_their_interfaces(
     verifyObject(IHandshakeListener, connection)
     verifyObject(IPullProducer, connection)
     verifyObject(IProtocolFactory, server._factory)
-    verifyObject(IListeningPort, server._port)
+    verifyObject(IListeningPort, server.listeners[0].port)
     assert connection.reader.peer == connection.writer.peer == connection.peer
     assert connection.reader.host == connection.writer.host == connection.host
     assert connection.reader.transport is connection.writer.transport

@@ -241,6 +241,8 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "allow": ["10.0.0.0/8", "127.0.0.0/8", "::/0"],
         "deny": ["10.1.0.0/16"],
         "dry_run": ["deny", "idle_timeout"],
+        "on_exhaustion": "shed",
+        "on_accept_error": None,
         "first_byte_timeout": 1.5,
         "idle_timeout": 2.5,
         "handler_timeout": 3.5,
@@ -253,6 +255,7 @@ async def test_describe_says_where_and_with_which_options(serve: Any) -> None:
         "flush_timeout": 2.5,
         "reader_buffer_size": 1234,
         "writer_buffer_size": 4321,
+        "eof_on_drain": True,
     }
     server = await serve(print, **options | {"peer_prefixes": (24, 48)})
     described = as_json(server.describe())

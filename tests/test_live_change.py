@@ -17,7 +17,7 @@ from tcpsvc import Observer, Rate, Reply, Server, ServerFactory
 from tcpsvc.networks import Networks
 from tcpsvc.options import Options, Settings, StreamOptions
 from tcpsvc.testing import MemoryServer
-from tests.kinds import CREATE, Handlers
+from tests.anywhere import CREATE, Handlers
 from tests.support import in_thread, turn, until
 
 KINDS = ("stream", "protocol", "sock")
@@ -411,6 +411,9 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "flush_timeout": (8, 8),
     "reader_buffer_size": (9, 9),
     "writer_buffer_size": (10, 10),
+    "on_exhaustion": ("shed", "shed"),
+    "on_accept_error": (print, print),
+    "eof_on_drain": (True, True),
 }
 UNCHANGEABLE = {
     "engine": "reactor",

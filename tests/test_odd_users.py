@@ -24,8 +24,8 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 from zope.interface import implementer
 
-from tcpsvc import ServerFactory, TcpService, WhereToListen
-from tcpsvc.drain import GRACE, Drain
+from tcpsvc import DrainReport, ServerFactory, TcpService, WhereToListen
+from tcpsvc.drain_options import GRACE
 from tcpsvc.server import Server
 from tcpsvc.testing import MemoryServer
 from tests.support import in_thread, the_reactor, until
@@ -54,11 +54,11 @@ async def test_a_canceller_that_raises_does_not_stop_the_drain(
     connect(server)
     await until(lambda: len(handlers) == 2)
     done: list[Any] = []
-    Drain(server, 0.0).when_done().addCallback(done.append)
+    server.drain(timeout=0.0).addCallback(done.append)
     clock.advance(GRACE)
     assert cancelled == [True, True]
     clock.advance(GRACE)
-    assert done == [None]
+    assert done == [DrainReport(given_up=2, longest_wait=2 * GRACE)]
     assert len(logs.take(LogLevel.critical)) == 2
     for ended in handlers:
         ended.callback(None)
@@ -224,9 +224,9 @@ async def test_a_drain_says_that_it_waits_for_on_handler_error(
     client.close()
     await until(lambda: server.is_reporting_errors)
     done: list[Any] = []
-    Drain(server, 5.0).when_done().addCallback(done.append)
+    server.drain(timeout=5.0).addCallback(done.append)
     clock.pump([1.0] * 8)
-    assert done == [None]
+    assert done == [DrainReport()]
     assert "calls of on_handler_error do not end" in "".join(logs.texts(LogLevel.error))
     release.callback(None)
 

@@ -67,6 +67,12 @@ class Wire:
             self._is_delivering = False
         return self
 
+    draining = False
+    gives_eof = False
+
+    def gives_eof_for_drain(self, asked: bool | None) -> bool:
+        return self.gives_eof if asked is None else asked
+
     def pause_reading(self) -> None:
         self.is_paused = True
 

@@ -17,9 +17,8 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
 from tcpsvc import ConnectionGone, Observer, Reason, Reply, Server
-from tcpsvc.drain import Drain
 from tcpsvc.reasons import LIMITS
-from tests.kinds import Handlers, MemoryEnd, everywhere
+from tests.anywhere import Handlers, MemoryEnd, everywhere
 from tests.support import in_thread, turn, until
 
 MUCH = b"x" * 20_000_000
@@ -389,11 +388,11 @@ async def test_connection_gone_has_the_reason(
 async def test_a_drain_closes_what_is_left(scene: Any, logs: Any) -> None:
     """The connection has ended since the server did."""
     s = await scene("stream")
-    drain = Drain(s.server, 1.0)
+    drained = s.server.drain(timeout=1.0)
     for _ in range(3):
         s.clock.advance(1)
-    await drain.when_done()
-    assert s.connection.reason in (Reason.CLOSED, Reason.DRAINED)
+    await drained
+    assert s.connection.reason is Reason.DRAINED
 
 
 @implementer(IHalfCloseableProtocol)

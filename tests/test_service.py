@@ -98,6 +98,10 @@ class SlowEndpoint:
     [
         ({"drain_timeout": -1}, ValueError, "drain_timeout=-1"),
         ({"drain_timeout": float("nan")}, ValueError, "drain_timeout=nan"),
+        ({"drain_timeout": "5"}, TypeError, "drain_timeout='5'"),
+        ({"drain_announce": -1}, ValueError, "drain_announce=-1"),
+        ({"drain_announce": None}, TypeError, "drain_announce=None"),
+        ({"drain_spread": float("inf")}, ValueError, "drain_spread=inf"),
         ({"max_connections": 0}, ValueError, "max_connections=0"),
         ({"socket": None}, TypeError, "socket="),
         ({"no_such_option": 1}, TypeError, "no_such_option"),
@@ -261,6 +265,80 @@ async def test_a_stop_closes_what_is_left_when_the_time_is_up(
         assert await in_thread(client.read_all) == b""
         await until(lambda over=over: over)
         assert clock.getDelayedCalls() == []
+
+
+@ensureDeferred
+async def test_a_stop_announces_and_spreads_as_asked_and_logs_its_report(
+    service: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """drain_announce, drain_spread, and eof_on_drain; of every kind of handler."""
+
+    async def waits(*_: Any) -> None:
+        await Deferred()
+
+    for make, handler, options in (
+        (TcpService, greet, {"eof_on_drain": True}),
+        (TcpService.of_socks, waits, {}),
+        (TcpService.of_protocols, Factory.forProtocol(Protocol), {}),
+    ):
+        one = service(
+            make=make,
+            handler=handler,
+            drain_announce=2.0,
+            drain_timeout=3.0,
+            drain_spread=4.0,
+            **options,
+        )
+        one.startService()
+        over = Fired(one.stopService())
+        assert one.server.is_draining
+        clock.advance(1.999)
+        clients = [connect(one.server) for _ in range(2)]
+        server = one.server
+        await until(lambda server=server: server.num_connections == 2)
+        await turn()
+        clock.advance(0.001)
+        assert server.is_closed
+        if make is TcpService:
+            for client in clients:
+                assert await in_thread(client.read_all) == b"hello\ngoodbye\n"
+                client.close()
+            said = "2 closed idle; longest wait 0.0 s"
+        else:
+            clock.pump([3.0, 2.0])
+            open_ones = [not c.is_socket_closed for c in server._factory.connections]
+            assert sum(open_ones) == 1
+            clock.pump([2.0, 1.0])
+            is_cancelled = make == TcpService.of_socks
+            waited = 8.0 if is_cancelled else 7.0
+            said = (
+                f"2 {'cancelled' if is_cancelled else 'closed'}; "
+                f"longest wait {waited} s"
+            )
+        await until(lambda over=over: over)
+        report = logs.texts(LogLevel.info)[-1]
+        assert "drained in" in report
+        assert report.endswith(f" s: {said}")
+        logs.events.clear()
+        assert clock.getDelayedCalls() == []
+
+
+@ensureDeferred
+async def test_a_stop_shortens_a_drain_of_ones_own(
+    service: Any, connect: Any, clock: Clock
+) -> None:
+    """It is the same one."""
+    one = service(drain_timeout=5.0)
+    one.startService()
+    client = connect(one.server)
+    assert await in_thread(client.read, 6) == b"hello\n"
+    own = Fired(one.server.drain(timeout=None))
+    clock.advance(100.0)
+    over = Fired(one.stopService())
+    clock.advance(5.0)
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: over and own)
+    assert one.server is None
 
 
 @ensureDeferred

@@ -48,6 +48,7 @@ from tcpsvc import (
     Server,
     WhereToListen,
 )
+from tcpsvc.listeners import Listeners
 from tcpsvc.testing import MemoryServer
 from tests.support import Logs, the_reactor, turn
 
@@ -317,9 +318,12 @@ class InMemory(RuleBasedStateMachine):
         self.port = FakePort(self.memory.address, at_once=at_once)
         self.factory = self.memory.factory
         self.server: Server[Any, Any] = Server(
-            WhereToListen.bind_to(LOCALHOST, 8000),
+            Listeners(
+                [WhereToListen.bind_to(LOCALHOST, 8000)],
+                [self.port],  # type: ignore[list-item]
+                self.factory,
+            ),
             self.factory,
-            self.port,  # type: ignore[arg-type]
         )
         # What really happens.
         self.started: list[int] = []
@@ -328,6 +332,7 @@ class InMemory(RuleBasedStateMachine):
         self.reporting: list[Deferred[None]] = []
         # What is to happen.
         self.ages = ages
+        self.paused = False
         self.at_once = at_once
         self.limit = limit
         self.dropping = drops
@@ -537,7 +542,12 @@ class InMemory(RuleBasedStateMachine):
         self.model_over()
 
     def model_places(self) -> None:
-        while self.held and not self.closed and len(self.live) < self.limit:
+        while (
+            self.held
+            and not self.closed
+            and not self.paused
+            and len(self.live) < self.limit
+        ):
             self.model_admit(self.held.pop(0))
 
     def model_admit(self, peer: Peer) -> None:
@@ -678,7 +688,7 @@ class InMemory(RuleBasedStateMachine):
         if self.closed or self.dropping:
             self.count["refused" if self.closed else "dropped"] += 1
             peer.open = False
-        elif len(self.live) >= self.limit:
+        elif self.paused or len(self.live) >= self.limit:
             peer.state = "held"
             self.held.append(peer)
         else:
@@ -902,6 +912,17 @@ class InMemory(RuleBasedStateMachine):
         self.server.max_connections = limit
         self.model_places()
 
+    def pause(self) -> None:
+        """Hold (Z2): a port of somebody's own accepts, and whom it accepts waits."""
+        self.paused = True
+        assert Box(self.server.pause("hold")).state == "done"
+
+    def resume(self) -> None:
+        """Go on (Z1), also when not paused."""
+        self.paused = False
+        assert Box(self.server.resume()).state == "done"
+        self.model_places()
+
     def close(self) -> None:
         """Close (X1, X2)."""
         waits = Box(self.server.close())
@@ -984,6 +1005,7 @@ class InMemory(RuleBasedStateMachine):
         assert server.num_connections == len(self.live)
         assert server.max_connections == self.limit
         assert server.is_closed == self.closed
+        assert (server.is_paused == "hold") == (self.paused and not self.closed)
         assert server.is_dropping_incoming_connections == self.dropping
         assert self.started == self.to_start
         assert self.reported == self.to_report
@@ -1160,6 +1182,8 @@ MOVES: dict[str, Any] = dict(
         move("time_passes", None, [1, 0.5, 3, 9], times=3),
         move("set_drop", None, [False, False, False, True]),
         move("set_limit", None, [1, 2, 3, 4, 5]),
+        move("pause", lambda m: not m.closed),
+        move("resume", lambda m: not m.closed, times=2),
         move("cancel_handlers", lambda m: m.may_close),
         move("close", lambda m: m.may_close),
         move("close_all", lambda m: m.may_close),
@@ -1187,8 +1211,8 @@ class InMemoryRaise(InMemory):
 @pytest.mark.parametrize("machine", [InMemory, InMemoryCallable, InMemoryRaise])
 def test_in_memory_everything_is_as_the_model_says(machine: Any, logs: Logs) -> None:
     """
-    A1, A5, H1 to H6, D1, D2, E1 to E5, S1 to S6, S8, X1 to X5, I1, I4: any order
-    of events, for each policy; and no connection outlives its server.
+    A1, A5, H1 to H6, D1, D2, E1 to E5, S1 to S6, S8, X1 to X5, Z1, Z2, I1, I4: any
+    order of events, for each policy; and no connection outlives its server.
     """
     machine.leaks = []
     try:

@@ -15,7 +15,7 @@ from zope.interface import implementer
 
 from tcpsvc import Observer, Reason
 from tcpsvc.testing import MemoryServer
-from tests.kinds import Handlers, everywhere
+from tests.anywhere import Handlers, everywhere
 from tests.support import in_thread, turn, until
 
 #: More than the kernel takes of a client that does not read.

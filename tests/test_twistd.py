@@ -425,7 +425,8 @@ def test_the_plugin_is_listed_and_explains_itself(start: Any) -> None:
         "handler", "factory", "sock-handler", "listen", "port", "socket",
         "max-connections", "max-accepts-per-batch", "backlog", "drop-incoming",
         "reuse-port", "buffer-age-limit", "on-handler-error", "app-dir",
-        "drain-timeout", "engine", "version", "help",
+        "drain-timeout", "drain-announce", "drain-spread", "eof-on-drain", "engine",
+        "version", "help",
     ):  # fmt: skip
         assert f"--{option}" in own.out
     assert version.out == f"tcpsvc {tcpsvc.__version__}\n"
@@ -642,7 +643,9 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     described = made(
         "--max-connections=7", "--max-accepts-per-batch=5", "--buffer-age-limit=none",
         "--drop-incoming", "--on-handler-error=raise", "--engine=reactor",
+        "--eof-on-drain",
     )  # fmt: skip
+    assert described["options"]["eof_on_drain"] is True
     assert described["max_connections"] == 7
     assert described["options"]["max_accepts_per_batch"] == 5
     assert described["options"]["buffer_age_limit"] is None
@@ -656,7 +659,9 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     assert default["drop_incoming_connections"] is False
     assert default["on_handler_error"] == "log_error"
     assert default["engine"] == "auto"
+    assert default["eof_on_drain"] is False
     assert tap.Options()["drain-timeout"] == 30
+    assert tap.Options()["drain-announce"] == tap.Options()["drain-spread"] == 0
 
 
 # Signals.
@@ -699,6 +704,73 @@ def test_a_signal_drains_and_in_the_end_insists(start: Any, connect: Any) -> Non
         assert "closing 2 connections that remain" in child.out
         assert "Traceback" not in child.out
         assert child.err == ""
+
+
+def test_a_signal_announces_spreads_and_reports(start: Any, connect: Any) -> None:
+    """
+    A mix: one asks in the announcement, one is idle, one answers in time, one is
+    closed, one is cancelled. The report is one line of the log.
+    """
+    child = start(
+        *twistd(
+            "-n", "tcpsvc", "--handler=hands.obey", "--drain-announce=1",
+            "--drain-timeout=2", "--drain-spread=0.5", "--eof-on-drain",
+        )
+    )  # fmt: skip
+    address = child.address()
+    idle, busy, half, deaf = four = [connect(address) for _ in range(4)]
+    for client in four:
+        assert client.read(6) == b"hello\n"
+    deaf.send(b"deaf\n")
+    assert deaf.read(6) == b"what?\n"
+    half.send(b"ans")
+    busy.send(b"ans")
+    child.signal(signal.SIGTERM)
+    child.expect("about to drain, accepting for another 1 s")
+    late = connect(address)
+    late.send(b"answer\n")
+    assert late.read_all() == b"hello\n" + b"x" * 1_000_000
+    late.close()
+    child.expect("draining, 3 connections remain, waited 0 s of 2 s")
+    assert refused(address)
+    assert idle.read_all() == b""
+    idle.close()
+    busy.send(b"wer\n")
+    assert busy.read_all() == b"x" * 1_000_000
+    busy.close()
+    assert half.read_all() == b""
+    assert deaf.read_all() == b""
+    assert child.wait() == -signal.SIGTERM
+    assert "closing 2 connections that remain, over 0.5 s" in child.out
+    (report,) = re.findall(r"drained in [\d.]+ s: (.*); longest wait", child.out)
+    assert report == "1 finished, 1 closed idle, 1 closed, 1 cancelled"
+    assert "Traceback" not in child.out
+    assert child.err == ""
+
+
+def test_a_second_signal_ends_the_announcement_too(start: Any, connect: Any) -> None:
+    """Closed, cancelled and reset at once; the report says so."""
+    child = start(
+        *twistd(
+            "-n", "tcpsvc", "--handler=hands.obey", "--drain-announce=300",
+            "--drain-timeout=300", "--drain-spread=300",
+        )
+    )  # fmt: skip
+    address = child.address()
+    idle, deaf, flood = three = [connect(address) for _ in range(3)]
+    for client, order in zip(three, (b"", b"deaf\n", b"flood\n"), strict=True):
+        assert client.read(6) == b"hello\n"
+        client.send(order)
+    assert deaf.read(6) == b"what?\n"
+    assert flood.read(1) == b"x"
+    child.signal(signal.SIGTERM)
+    child.expect("about to drain, accepting for another 300 s")
+    child.signal(signal.SIGTERM)
+    assert idle.read_all() == b""
+    assert deaf.read_all() == b""
+    assert child.wait() == -signal.SIGTERM
+    (report,) = re.findall(r"drained in [\d.]+ s: (.*); longest wait", child.out)
+    assert report == "2 closed, 1 cancelled"
 
 
 def test_a_second_signal_closes_what_remains_at_once(start: Any, connect: Any) -> None:
@@ -935,6 +1007,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "drain_timeout": (["--drain-timeout=-1"], "drain-timeout"),
     "drain_timeout_text": (["--drain-timeout=soon"], "soon"),
     "drain_timeout_nan": (["--drain-timeout=nan"], "nan"),
+    "drain_announce": (["--drain-announce=-1"], "drain-announce"),
+    "drain_announce_text": (["--drain-announce=soon"], "soon"),
+    "drain_announce_inf": (["--drain-announce=inf"], "drain_announce=inf"),
+    "drain_spread": (["--drain-spread=-1"], "drain-spread"),
+    "drain_spread_nan": (["--drain-spread=nan"], "nan"),
+    "eof_on_drain_of_sockets": (
+        ["--sock-handler=hands.sock", "--eof-on-drain"],
+        "--eof-on-drain",
+    ),
     "on_handler_error": (["--on-handler-error=panic"], "panic"),
     "engine": (["--engine=steam"], "--engine steam: not one of auto, reactor"),
     "engine_empty": (["--engine="], "--engine"),

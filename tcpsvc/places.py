@@ -1,0 +1,176 @@
+"""
+Several places at once: they are bound all or none, and where they leave the port
+to the operating system, on the same one (spec L1, L2).
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from twisted.internet.error import CannotListenError
+from twisted.logger import Logger
+
+from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, SocketMaker
+from tcpsvc.where import (
+    AddressT,
+    EndpointPlace,
+    ListeningOnT,
+    ListeningSocket,
+    SocketPlace,
+    WhereToListen,
+)
+
+_log = Logger(namespace="tcpsvc")
+
+#: One place, or several that are one server.
+Places = (
+    WhereToListen[AddressT, ListeningOnT]
+    | Sequence[WhereToListen[AddressT, ListeningOnT]]
+)
+
+
+def places_of(where: Places[Any, Any]) -> tuple[WhereToListen[Any, Any], ...]:
+    """
+    One place or several, as several.
+
+    :raises ValueError: there is none.
+    :raises TypeError: one is no WhereToListen.
+    """
+    if isinstance(where, WhereToListen):
+        return (where,)
+    if not isinstance(where, Sequence) or isinstance(where, (str, bytes)):
+        raise TypeError(f"where={where!r} is not a WhereToListen")
+    if not where:
+        raise ValueError(f"where={where!r} is empty: name a place to listen")
+    for place in where:
+        if not isinstance(place, (SocketPlace, EndpointPlace)):
+            raise TypeError(f"where={place!r} is not a WhereToListen")
+    return tuple(where)
+
+
+def places_text(places: Iterable[WhereToListen[Any, Any]]) -> str:
+    """Several places in one line."""
+    return ", ".join(map(str, places))
+
+
+def open_all(
+    places: Sequence[SocketPlace[Any, Any]],
+    backlog: int,
+    given: socket.socket | None,
+    make_socket: SocketMaker,
+) -> list[ListeningSocket]:
+    """
+    Bind and listen on all places, or on none.
+
+    :param given: the caller's own socket, for a single place (spec W7).
+    :raises CannotListenError: the kernel has refused one of them.
+    """
+    opened: dict[int, ListeningSocket] = {}
+    try:
+        for number, place in enumerate(places):
+            if number in opened:
+                continue
+            group = _with_one_port(places, number)
+            if len(group) > 1:
+                made = _open_with_one_port(
+                    [places[n] for n in group], backlog, make_socket
+                )
+                opened.update(zip(group, made, strict=True))
+            else:
+                opened[number] = place.open(backlog, given, make_socket)
+    except BaseException:
+        discard_all(opened.values())
+        raise
+    return [opened[number] for number in range(len(places))]
+
+
+def _with_one_port(places: Sequence[SocketPlace[Any, Any]], first: int) -> list[int]:
+    """
+    Which of the places are to have the port of the first. An address that comes
+    again cannot: it begins with a port of its own, which is what someone who asks
+    for a free port twice wants.
+    """
+    if not places[first].leaves_port_to_os:
+        return [first]
+    group: list[int] = []
+    hosts = set()
+    turn = _repetition(places, first)
+    for number, place in enumerate(places):
+        host = _host(place)
+        if (
+            place.leaves_port_to_os
+            and host not in hosts
+            and _repetition(places, number) == turn
+        ):
+            hosts.add(host)
+            group.append(number)
+    return group
+
+
+def _repetition(places: Sequence[SocketPlace[Any, Any]], number: int) -> int:
+    """How often a place's address has been there before, with a free port."""
+    host = _host(places[number])
+    return sum(p.leaves_port_to_os and _host(p) == host for p in places[:number])
+
+
+def _host(place: SocketPlace[Any, Any]) -> object:
+    address: Any = place.address
+    if not place.leaves_port_to_os:
+        return None
+    return ipaddress.ip_address(address.host)
+
+
+def _open_with_one_port(
+    places: Sequence[SocketPlace[Any, Any]], backlog: int, make_socket: SocketMaker
+) -> list[ListeningSocket]:
+    """
+    The first takes a free port, the others the same. It may be taken there: then
+    another free port is tried, as often as for a single place (spec W3).
+    """
+    retries = 0
+    while True:
+        opened: list[ListeningSocket] = []
+        try:
+            opened.append(places[0].open(backlog, None, make_socket))
+            chosen: Any = opened[0].address
+            for place in places[1:]:
+                where = place.with_port(chosen.port)
+                opened.append(where.open(backlog, None, make_socket))
+        except CannotListenError as error:
+            discard_all(opened)
+            why: OSError = error.socketError
+            if not opened or why.errno != errno.EADDRINUSE:
+                raise
+            if retries == MAX_RETRIES_UPON_ADDR_IN_USE:
+                raise CannotListenError(
+                    error.interface,
+                    error.port,
+                    OSError(
+                        why.errno,
+                        f"{why.strerror} (after {retries} retries: no port was free "
+                        f"on {places_text(places)} alike)",
+                    ),
+                ) from error
+            retries += 1
+        except BaseException:
+            discard_all(opened)
+            raise
+        else:
+            return opened
+
+
+def discard_all(opened: Iterable[ListeningSocket]) -> None:
+    """Close them all unserved, whatever befalls one of them."""
+    for listening in opened:
+        try:
+            listening.discard()
+        except OSError as error:
+            _log.error(
+                "could not unlink {address}: {error}",
+                address=str(listening.path),
+                error=error,
+            )
