@@ -153,7 +153,7 @@ class ServerFactory(protocol.ServerFactory):
         self._held_unconnected: dict[int, Any] = {}
         #: Ids of those of them that came when accept_rate allowed none.
         self._too_early: set[int] = set()
-        self._starts = Starts(reactor)
+        self._starts = Starts(reactor, self._started)
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
         self._last_id = 0
@@ -400,7 +400,9 @@ class ServerFactory(protocol.ServerFactory):
             return True
         if overflow == "evict":
             under_way = self._eviction.under_way
-            return self.slots.taken > under_way or under_way > self._waiting_for_slots
+            # Nobody is evicted before its start, if that can be helped.
+            started = self.slots.taken - len(self._starts)
+            return started > under_way or under_way > self._waiting_for_slots
         return overflow != "hold"
 
     @property
@@ -613,6 +615,11 @@ class ServerFactory(protocol.ServerFactory):
             connection.refuse()
         else:
             self._starts.add(connection)
+
+    def _started(self) -> None:
+        """Those that were to start in this turn have: they may be evicted."""
+        if self.settings.overflow == "evict":
+            self._on_place()
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""

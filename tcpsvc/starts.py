@@ -6,6 +6,7 @@ Starting handlers: in the turn after their accept, in the order of their accepts
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -28,13 +29,18 @@ class Starts:
     The connections that are to be started in the next turn of the reactor.
 
     :param reactor: whose turns.
+    :param on_started: called when those of one turn were started.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, on_started: Callable[[], object]) -> None:
         self._reactor = reactor
+        self._on_started = on_started
         self._waiting: deque[Startable] = deque()
         self._may_start = True
         self._is_due = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def hold(self) -> None:
         """Start nothing before :meth:`begin`."""
@@ -81,3 +87,4 @@ class Starts:
                 connection.start()
         if self._waiting:
             self._schedule()
+        self._on_started()
