@@ -613,7 +613,9 @@ class Connection(Generic[AddressT]):
         if not self._factory.looks and self._factory.clock is self._factory.reactor:
             by_kernel = kernel.idle(self._connected_socket())
         # The kernel counts from before the accept, in its own ticks.
-        return now - self.look(now) if by_kernel is None else min(by_kernel, self.age)
+        if by_kernel is None:
+            return now - self.look(now)
+        return min(by_kernel, now - self._accepted_at)
 
     def snapshot(self) -> ConnectionSnapshot:
         """Its state now."""

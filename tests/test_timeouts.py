@@ -15,7 +15,7 @@ from zope.interface import implementer
 
 from tcpsvc import Observer, Reason
 from tcpsvc.testing import MemoryServer
-from tests.anywhere import Handlers, everywhere
+from tests.anywhere import CREATE, Handlers, everywhere
 from tests.support import in_thread, turn, until
 
 #: More than the kernel takes of a client that does not read.
@@ -139,6 +139,30 @@ async def test_a_handler_in_the_middle_of_a_message_ends_ordinarily(
     await s.send(b"x")
     s.passes(4.0)
     assert (s.counters.ends, s.errors) == ({"idle": 1}, [])
+
+
+@pytest.mark.parametrize("option", TIMEOUTS)
+@pytest.mark.parametrize("kind", ["stream", "protocol", "sock"])
+@ensureDeferred
+async def test_by_the_reactors_own_clock(
+    serve: Any, connect: Any, kind: str, option: str
+) -> None:
+    """As by any other."""
+    ended: list[float] = []
+
+    class Ends(Observer):
+        def connection_finished(self, connection: Any) -> None:
+            ended.append(connection.age)
+
+    handlers = Handlers()
+    server = await serve(
+        handlers.of(kind), create=CREATE[kind], observer=Ends(), **{option: 0.2}
+    )
+    connect(server)
+    await until(lambda: ended)
+    # At most 0.05 s, and what a busy machine takes.
+    assert 0.2 <= ended[0] <= 0.6
+    assert server._factory.counters.ends == {TIMEOUTS[option].value: 1}
 
 
 # Who moves bytes is spared
