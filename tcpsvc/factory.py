@@ -529,12 +529,13 @@ class ServerFactory(protocol.ServerFactory):
         :returns: whether it is to wait, for a slot or for its time.
         """
         now = self.clock.seconds()
-        self._admission.enter(connection, host_of(connection.peer), now)
-        if self._rate_wait is not None or self._too_early:
+        is_early = self._rate_wait is not None or bool(self._too_early)
+        if is_early:
             self._too_early.add(connection.id)
-            return True
-        self._take_token(connection, now)
-        return bool(self._held) or self._is_full
+        else:
+            self._take_token(connection, now)
+        self._admission.enter(connection, host_of(connection.peer), now)
+        return is_early or bool(self._held) or self._is_full
 
     def _take_token(self, connection: Connection[Any], now: float) -> None:
         self._admission.take_token(
@@ -919,8 +920,14 @@ class ServerFactory(protocol.ServerFactory):
         """
         :raises AssertionError: the state is broken; it says how (spec I1).
         """
+        held = {*self._held_unconnected, *(c.id for c in self._held)}
         broken = self.slots.broken()
-        self._admission.invariant()
+        broken += self._eviction.broken()
+        self._admission.invariant(held.union(self._live))
+        if not self._too_early <= held:
+            broken.append("whoever waits for the rate is held")
+        if self.is_closed and self._rate_wait is not None:
+            broken.append("no timer when it is closed")
         if self.settings.max_accepts_per_batch < 1:
             broken.append("max_accepts_per_batch >= 1")
         if self._when_over.has_happened and (self._live or self._failures.is_reporting):
