@@ -528,16 +528,20 @@ class ServerFactory(protocol.ServerFactory):
 
         :returns: whether it is to wait, for a slot or for its time.
         """
-        now = self.clock.seconds()
         is_early = self._rate_wait is not None or bool(self._too_early)
         if is_early:
             self._too_early.add(connection.id)
         else:
-            self._take_token(connection, now)
-        self._admission.enter(connection, host_of(connection.peer), now)
+            self._take_token(connection)
+        if self._admission.counts_peers:
+            now = self.clock.seconds()
+            self._admission.enter(connection, host_of(connection.peer), now)
         return is_early or bool(self._held) or self._is_full
 
-    def _take_token(self, connection: Connection[Any], now: float) -> None:
+    def _take_token(self, connection: Connection[Any]) -> None:
+        if self.settings.accept_rate is None:
+            return
+        now = self.clock.seconds()
         self._admission.take_token(
             now, lambda: self._in_dry_run(connection.peer, Reason.ACCEPT_RATE)
         )
@@ -683,7 +687,7 @@ class ServerFactory(protocol.ServerFactory):
                 if self._rate_wait is not None:
                     break
                 self._too_early.discard(connection.id)
-                self._take_token(connection, self.clock.seconds())
+                self._take_token(connection)
                 if self._is_full and self.settings.overflow == "evict":
                     self._make_room(0)
                 # Whoever was told of that may have done anything: look again.
