@@ -7,6 +7,7 @@ are refused, :mod:`tcpsvc.refusing`'s.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -156,11 +157,21 @@ class Admission:
         """What is known of peers, as JSON has it."""
         return self._peers.describe() if self.counts_peers else {}
 
-    def invariant(self) -> None:
+    def invariant(self, present: frozenset[int] | set[int]) -> None:
         """
+        :param present: the ids of the connections that are there.
         :raises AssertionError: what is counted for peers is wrong.
         """
         self._peers.invariant()
+        keys = self._keys
+        if not keys.keys() <= present:
+            raise AssertionError(f"who has left counts: {keys.keys() - present}")
+        counted = Counter(key for key in keys.values() if key is not None)
+        for key, count in counted.items():
+            if self._peers.connections(key) != count:
+                raise AssertionError(f"{key!r} has {count}: {self.describe()}")
+        if self._peers.describe()["live_peers"] != len(counted):
+            raise AssertionError(f"not {len(counted)} peers: {self.describe()}")
 
 
 def host_of(address: Any) -> str | None:

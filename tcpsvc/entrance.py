@@ -341,19 +341,23 @@ class Entrance(protocol.ServerFactory):
 
         :returns: whether it is to wait, for a slot or for its time.
         """
-        if self._admission.counts:
+        is_early = self._rate_wait is not None or bool(self._too_early)
+        if is_early:
+            self._too_early.add(connection.id)
+        elif self._admission.counts:
+            self._take_token(connection)
+        if self._admission.counts_peers:
             now = self.clock.seconds()
             self._admission.enter(connection, host_of(connection.peer), now)
-            if self._rate_wait is not None or self._too_early:
-                self._too_early.add(connection.id)
-                return True
-            self._take_token(connection, now)
-        return bool(self._held) or self._is_full or self.is_paused
+        return is_early or bool(self._held) or self._is_full or self.is_paused
 
-    def _take_token(self, connection: Connection[Any], now: float) -> None:
+    def _take_token(self, connection: Connection[Any]) -> None:
+        if self.settings.accept_rate is None:
+            return
+        now = self.clock.seconds()
+        log = self._refusal_log
         self._admission.take_token(
-            now,
-            lambda: self._refusal_log.in_dry_run(connection.peer, Reason.ACCEPT_RATE),
+            now, lambda: log.in_dry_run(connection.peer, Reason.ACCEPT_RATE)
         )
         self._wait_for_rate(now)
 
@@ -507,7 +511,7 @@ class Entrance(protocol.ServerFactory):
                 if self._rate_wait is not None:
                     break
                 self._too_early.discard(connection.id)
-                self._take_token(connection, self.clock.seconds())
+                self._take_token(connection)
                 if self._is_full and self.settings.overflow == "evict":
                     self._make_room(0)
                 # Whoever was told of that may have done anything: look again.
@@ -560,6 +564,17 @@ class Entrance(protocol.ServerFactory):
             if reason not in told:
                 told.add(reason)
                 self._refusal_log.in_dry_run(connection.peer, reason)
+
+    def broken_entrance(self) -> list[str]:
+        """What does not hold, and ought to."""
+        held = {*self._held_unconnected, *(c.id for c in self._held)}
+        broken = self._eviction.broken()
+        self._admission.invariant(held.union(self._live))
+        if not self._too_early <= held:
+            broken.append("whoever waits for the rate is held")
+        if self.is_closed and self._rate_wait is not None:
+            broken.append("no timer when it is closed")
+        return broken
 
     def _names(self) -> str:
         return addresses_text(self._addresses()) or "a server"

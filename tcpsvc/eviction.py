@@ -94,6 +94,12 @@ class Eviction:
             return None
         return connection if self._slots.holds(connection) else None
 
+    def broken(self) -> list[str]:
+        """What does not hold, and ought to."""
+        slots = self._slots
+        holding = {c.id for c in slots.live.values() if slots.holds(c)}
+        return [] if self._evicted <= holding else ["who is evicted holds a slot"]
+
     def forget(self, connection: Any) -> None:
         """It holds no slot any more."""
         self._evicted.discard(connection.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from ipaddress import ip_network
 from typing import Any
@@ -1297,3 +1298,128 @@ async def test_many_peers_at_once(serve: Any, staying: Staying) -> None:
     await until(lambda: not server.num_connections)
     assert server.describe()["peers"]["live_peers"] == 0
     server.invariant()
+
+
+class Walk:
+    """A server in memory to which anything happens, by chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.endings: list[Deferred[None]] = []
+        self.server = MemoryServer(
+            self.handler, max_connections=4, observer=Checking(self)
+        )
+        self.clients: list[Any] = []
+
+    async def handler(self, address: Any, reader: Any, writer: Any) -> None:
+        """Some end at once when they are cancelled, some do not end for a while."""
+        try:
+            await reader.read()
+        finally:
+            if self.random.random() < 0.5:
+                ending: Deferred[None] = Deferred()
+                self.endings.append(ending)
+                await ending
+
+    def step(self) -> None:
+        """Something happens."""
+        what = self.random.choice(self.STEPS)
+        what(self)
+        self.server.factory.invariant()
+
+    def connect(self) -> None:
+        host = f"10.0.{self.random.randrange(2)}.{self.random.randrange(3)}"
+        self.clients.append(self.server.connect(v4(host)))
+
+    def leave(self) -> None:
+        if self.clients:
+            client = self.clients.pop(self.random.randrange(len(self.clients)))
+            if not client.is_closed:
+                client.reset()
+
+    def say(self) -> None:
+        if self.clients:
+            client = self.random.choice(self.clients)
+            if not client.is_closed:
+                client.send(b"x")
+
+    def end(self) -> None:
+        if self.endings:
+            self.endings.pop(self.random.randrange(len(self.endings))).callback(None)
+
+    def uncount(self) -> None:
+        live = self.server.factory.connections
+        if live:
+            self.random.choice(live).uncount()
+
+    def wait(self) -> None:
+        self.server.clock.advance(self.random.choice([0, 0.1, 0.5, 2]))
+
+    def drop(self) -> None:
+        self.server.factory.set_drop_incoming_connections(self.random.random() < 0.3)
+
+    def change(self) -> None:
+        name, values = self.random.choice(self.CHANGES)
+        self.server.factory.change({name: self.random.choice(values)})
+
+    CHANGES: Any = [
+        ("max_connections", [1, 2, 4, 8]),
+        ("overflow", ["hold", "drop", "evict", "evict", BUSY]),
+        ("max_connections_per_peer", [None, 1, 3]),
+        ("accept_rate_per_peer", [None, "1/s:2", "5/s"]),
+        ("accept_rate", [None, "2/s:2", "10/s:1"]),
+        ("peer_prefixes", [(32, 64), (24, 64)]),
+        ("deny", [(), ["10.0.1.1"]]),
+        ("dry_run", [(), ["max_connections"], ["accept_rate"], True]),
+    ]
+    STEPS: Any = (
+        *[connect] * 6,
+        *[leave] * 2,
+        say,
+        *[end] * 2,
+        uncount,
+        *[wait] * 2,
+        drop,
+        *[change] * 2,
+    )
+
+
+class Checking(Observer):
+    """Looks at the state in the middle of each event, too."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+
+    def connection_accepted(self, connection: Any) -> None:
+        self.walk.server.factory.invariant()
+
+    def connection_refused(self, address: Any, reason: Reason) -> None:
+        self.walk.server.factory.invariant()
+
+    def refused_in_dry_run(self, address: Any, reason: Reason) -> None:
+        self.walk.server.factory.invariant()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_any_order(seed: int, logs: Any) -> None:
+    """Whatever happens: the invariants hold, who could be let in does not wait, and
+    at the end nothing is left."""
+    walk = Walk(seed)
+    factory = walk.server.factory
+    for _ in range(200):
+        walk.step()
+        waits = factory.describe()["held"] and not factory._rate_wait
+        assert not waits or factory.slots.is_full
+    factory.close()
+    factory.close_connections()
+    while walk.endings:
+        walk.end()
+    walk.server.clock.pump([1.0] * 8)
+    assert factory.num_connections == 0
+    factory.invariant()
+    assert factory._admission._keys == {}
+    assert not factory._replies._connections
+    assert walk.server.clock.getDelayedCalls() == []
+    assert not factory._too_early and not factory._held_unconnected
+    assert all(client.is_closed for client in walk.clients)
+    assert not [e for e in logs.take(LogLevel.critical) if "observer" in str(e)]
