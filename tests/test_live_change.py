@@ -412,9 +412,6 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "flush_timeout": (8, 8),
     "reader_buffer_size": (9, 9),
     "writer_buffer_size": (10, 10),
-    "on_exhaustion": ("shed", "shed"),
-    "on_accept_error": (print, print),
-    "eof_on_drain": (True, True),
 }
 UNCHANGEABLE = {
     "engine": "reactor",
