@@ -70,6 +70,10 @@ class Owner(Protocol):
         """Whether handlers were told that the server drains."""
 
     @property
+    def has_one_address(self) -> bool:
+        """Whether there is a listening address, and only one."""
+
+    @property
     def is_listening_anywhere(self) -> bool:
         """Whether its own address may be another than the listener's."""
 

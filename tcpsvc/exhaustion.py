@@ -178,7 +178,7 @@ class Exhaustion:
         if self.pause is not None:
             self._end_pause()
             self._try_again()
-        elif not self._reserve.is_held:
+        elif self._owner.settings.on_exhaustion == "shed":
             self.update_reserve()
 
     def _rest(self, seconds: float, then: Callable[[], None]) -> None:

@@ -81,11 +81,12 @@ class ServerFactory(Entrance):
         self._failures.on_fatal = self.close
         self._when_over = Event()
         self._has_server = False
+        #: Whether it is known where it listens, and that is one place.
+        self.has_one_address = False
         #: The server that listens with it, for ``on_accept_error``.
         self.server: Any = None
         #: What happens when a gate's accept fails.
         self.exhaustion = Exhaustion(self, self._place_found)
-        self._on_descriptor_closed: Callable[[], None] = nothing
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -345,21 +346,19 @@ class ServerFactory(Entrance):
     def listen_with(
         self,
         on_place: Callable[[], None],
-        on_descriptor_closed: Callable[[], None],
         on_failure: Callable[[], None],
         addresses: Callable[[], Sequence[object]],
     ) -> None:
         """A server tells what to call when a place is found, and so on."""
         self._has_server = True
         self._on_place = on_place
-        self._on_descriptor_closed = on_descriptor_closed
         self._failures.on_fatal = on_failure
         self._addresses = addresses
+        self.has_one_address = len(addresses()) == 1
 
     def listening_on(self) -> Any:
         """The listening address, where it is known and there is no other."""
-        addresses = self._addresses()
-        return addresses[0] if len(addresses) == 1 else None
+        return self._addresses()[0] if self.has_one_address else None
 
     @property
     def is_listening_anywhere(self) -> bool:
@@ -368,7 +367,7 @@ class ServerFactory(Entrance):
 
     def descriptor_closed(self) -> None:
         """A connection's socket was closed."""
-        self._on_descriptor_closed()
+        self.exhaustion.descriptor_closed()
 
     def watch(self, connection: Any) -> float:
         """Sweep a connection. Returns the time."""

@@ -163,10 +163,6 @@ class Gate:
             else:
                 self._port.stopReading()
 
-    def descriptor_closed(self) -> None:
-        """A descriptor of this server is free again: try at once (spec A6)."""
-        self._exhaustion.descriptor_closed()
-
     @property
     def is_awaited(self) -> bool:
         """Whether a client waits to be accepted."""

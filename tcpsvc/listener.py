@@ -117,11 +117,6 @@ class Listener(Generic[AddressT, ListeningOnT]):
         gate.update()
         return not was_accepting and gate.is_accepting
 
-    def descriptor_closed(self) -> None:
-        """A descriptor of this server is free again (spec A6)."""
-        if self._gate is not None:
-            self._gate.descriptor_closed()
-
     @property
     def inherits_nodelay(self) -> bool:
         """Whether its connections have TCP_NODELAY from its socket."""

@@ -107,11 +107,6 @@ class Listeners:
             self._order.remove(first)
             self._order.append(first)
 
-    def descriptor_closed(self) -> None:
-        """A descriptor of this server is free again (spec A6)."""
-        for listener in self.all:
-            listener.descriptor_closed()
-
     def addresses(self) -> list[Any]:
         """The address of each."""
         return [listener.address for listener in self.all]

@@ -48,6 +48,7 @@ class Replies:
     """
 
     is_observed = looks = False
+    has_one_address = True
 
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor

@@ -71,7 +71,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         self._drain: Drain | None = None
         factory.listen_with(
             listeners.update,
-            listeners.descriptor_closed,
             self._close_port,
             listeners.addresses,
         )

@@ -250,7 +250,7 @@ class StreamConnection(Connection[AddressT]):
         self._is_being_lost = True
         if (
             self._host is None
-            and (self.is_running or self._factory.listening_on() is None)
+            and (self.is_running or not self._factory.has_one_address)
             and self._factory.is_listening_anywhere
         ):
             # The handler may still ask, or nobody else knows: 6 % of a short
