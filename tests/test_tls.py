@@ -6,11 +6,13 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
+from twisted.internet.ssl import DefaultOpenSSLContextFactory
 from twisted.internet.task import Clock
 
 from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, WhereToListen
@@ -616,3 +618,43 @@ async def test_max_connections_is_exact_under_tls(
     ends[0].callback(None)
     await until(lambda: len(ends) == 3)
     assert server.num_connections == 2
+
+
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+@ensureDeferred
+async def test_a_stream_handler_starts_tls_in_the_middle(
+    serve: Any, connect: Any, tmp_path: Path, engine: str
+) -> None:
+    """S7: its transport can; what it wrote last arrives whole, under TLS."""
+    certificate = str(make_certificate(tmp_path))
+    context = DefaultOpenSSLContextFactory(certificate, certificate)
+    much = b"x" * 300_000
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        assert await reader.readline() == b"STARTTLS\n"
+        writer.write(b"go ahead\n")
+        await writer.flushed()
+        reader.transport.startTLS(context)
+        while (line := await reader.readline()) != b"quit\n":
+            writer.write(line.upper())
+            await writer.drain()
+        writer.write(much)
+
+    server = await serve(handler, engine=engine, on_handler_error="raise")
+    client = connect(server)
+
+    def talk() -> bytes:
+        client.send(b"STARTTLS\n")
+        assert client.read(9) == b"go ahead\n"
+        with client_context().wrap_socket(client.socket) as secure:
+            secure.sendall(b"hello\n")
+            assert secure.recv(100) == b"HELLO\n"
+            secure.sendall(b"quit\n")
+            received = b""
+            while data := secure.recv(65536):
+                received += data
+            return received
+
+    assert await in_thread(talk) == much
+    await until(lambda: server.num_connections == 0)
+    assert server.describe()["counters"]["ends"] == {"finished": 1}
