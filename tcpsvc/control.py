@@ -72,8 +72,10 @@ class Control:
         connections that are live, at the next look at them; ``flush_timeout`` at their
         next close; limits on clients, at the next accept, or at once on those who wait.
         A lowered limit closes nobody. Buffer sizes and ``keepalive`` are those of new
-        connections. ``backlog`` is that of the next bind. ``engine``, ``socket``,
-        ``reactor`` and ``clock`` cannot be changed; ``drop_incoming_connections``, the
+        connections, ``eof_on_drain`` of the drain, ``on_exhaustion`` and
+        ``on_accept_error`` of the next failure to accept. ``backlog`` is that of the
+        next bind. ``engine``, ``socket``, ``reactor``, ``clock`` and
+        ``on_handler_error`` cannot be changed; ``drop_incoming_connections``, the
         handler and the observers have methods of their own.
 
         :raises ValueError: an option has a bad value; it is named.

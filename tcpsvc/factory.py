@@ -195,7 +195,6 @@ class ServerFactory(Entrance):
         before = self.settings
         settings = change_options(self._options, before, changes)
         self.settings = settings
-        self._failures.policy = settings.on_handler_error
         self.slots.limit = settings.max_connections
         present = [*self._live.values(), *self._held, *self._held_unconnected.values()]
         self._admission.change(settings, present, self.clock.seconds())

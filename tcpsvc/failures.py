@@ -20,14 +20,14 @@ class Failures:
     """
     The errors of one server's handlers.
 
-    :param policy: ``on_handler_error``. It may be set to another one.
+    :param policy: ``on_handler_error``.
     :param on_reported: called whenever an error has been dealt with.
     """
 
     _log = Logger(namespace="tcpsvc")
 
     def __init__(self, policy: OnHandlerError, on_reported: Callable[[], None]) -> None:
-        self.policy = policy
+        self._policy = policy
         self._on_reported = on_reported
         #: Called when an error is to close the server, before anyone hears of it.
         self.on_fatal: Callable[[], object] = on_reported
@@ -44,7 +44,7 @@ class Failures:
         """A handler has failed: do as its owner chose."""
         self._pending += 1
         try:
-            done = report_error(self.policy, peer, error)
+            done = report_error(self._policy, peer, error)
         except BaseException:
             done = fail(Failure())
         done.addErrback(self._close_for)

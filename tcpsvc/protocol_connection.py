@@ -184,6 +184,8 @@ class ProtocolConnection(Connection[AddressT]):
             self._factory.set_socket_options(self._connected)
         if tells(base) and base is not transport:
             base.watcher = _Below(self, base)
+        # Whoever is told of it may close it, or the server.
+        self._is_delivering = True
         if self._is_held:
             transport.pauseProducing()
             self._factory.connected(self)
@@ -191,6 +193,7 @@ class ProtocolConnection(Connection[AddressT]):
             self.refuse()
         else:
             self._connect()
+        self._is_delivering = False
 
     def start(self) -> None:
         """A slot is free for a connection that was held."""
@@ -303,13 +306,14 @@ class ProtocolConnection(Connection[AddressT]):
         return type(self._protocol).__name__
 
     def _guard(self, method: Any, *args: Any) -> None:
+        was_delivering = self._is_delivering
         self._is_delivering = True
         try:
             method(*args)
         except BaseException:
             self._failed(Failure())
         finally:
-            self._is_delivering = False
+            self._is_delivering = was_delivering
 
     def _failed(self, failure: Failure) -> None:
         """The protocol raised: its first error counts, its connection ends."""

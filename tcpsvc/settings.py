@@ -278,17 +278,26 @@ def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> S
         wrong kind.
     """
     for name, value in changes.items():
-        if name not in known.__optional_keys__ or name not in Settings.__slots__:
+        if name in _INSTEAD:
+            raise TypeError(f"{name}={value!r} cannot be changed so: {_INSTEAD[name]}")
+        if name not in known.__optional_keys__:
             raise TypeError(f"{name}={value!r} is no option of this server")
-        if name in ("engine", "drop_incoming_connections"):
-            raise TypeError(f"{name} cannot be changed so{_INSTEAD.get(name, '')}")
     changed = _formed(changes)
     if "max_connections" in changed and changed["max_connections"] is None:
         changed["max_connections"] = default_max_connections()
     return replace(settings, **changed)
 
 
-_INSTEAD = {"drop_incoming_connections": ": use set_drop_incoming_connections"}
+#: What :func:`change_options` cannot change, and what to do instead.
+_INSTEAD = {
+    "drop_incoming_connections": "use set_drop_incoming_connections",
+    "handler": "use set_handler",
+    "observer": "use add_observer and remove_observer",
+    **dict.fromkeys(
+        ("engine", "socket", "reactor", "clock", "on_handler_error"),
+        "create a new server",
+    ),
+}
 
 
 def _formed(options: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,13 @@ class StreamConnection(Connection[AddressT]):
             self._factory.set_socket_options(self._socket)
         if self._is_held:
             self.pause_reading()
-        self._factory.connected(self)
+        # Whoever is told of it may close it, or the server.
+        self._is_delivering = True
+        if self._handler_state == "refused":
+            self.close_now()  # A limit has ended it already.
+        else:
+            self._factory.connected(self)
+        self._is_delivering = False
 
     def _connect_in_chunks(self, transport: Any) -> None:
         self.dataReceived = self._deliver

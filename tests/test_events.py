@@ -12,11 +12,13 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyClass, verifyObject
 
-from tcpsvc import IObserver, Observer, Reason, ServerFactory
+from tcpsvc import IObserver, Observer, Reason, ServerFactory, WhereToListen
 from tcpsvc.counters import Counters
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers, everywhere
-from tests.support import until
+from tests.kinds import end_of
+from tests.support import LOOPBACK, in_thread, until
+from tests.tls import make_certificate
 
 EVENTS = [name for name in IObserver.names() if not name.startswith("_")]
 
@@ -378,3 +380,56 @@ async def test_server_add_and_remove_observer(serve: Any, connect: Any) -> None:
     assert len(notes.names) == 2
     with pytest.raises(ValueError, match="was not added"):
         server.remove_observer(notes)
+
+
+@pytest.mark.parametrize("kind", ["stream", "protocol"])
+@pytest.mark.parametrize("place", ["tcp", "tcp-reactor", "tls", "tls-reactor"])
+@pytest.mark.parametrize("what", ["close", "abort", "end", "server", "drain"])
+@pytest.mark.parametrize(
+    "event", ["limit_reached", "connection_accepted", "handler_started"]
+)
+@ensureDeferred
+async def test_whoever_is_told_of_a_connection_may_end_it(
+    serve: Any,
+    connect: Any,
+    tmp_path: Any,
+    event: str,
+    what: str,
+    place: str,
+    kind: str,
+) -> None:
+    """Under TLS too, which is in the midst of its own beginning then."""
+
+    class Ends(Observer):
+        pass
+
+    def end(self: Any, *_: Any) -> None:
+        for one in server._factory.connections:
+            {"close": one.close, "abort": one.abort}.get(what, lambda: None)()
+            if what == "end":
+                one.end(Reason.EVICTED)
+        if what == "server":
+            server.close(close_existing_connections=True)
+        elif what == "drain":
+            server.force_drain()
+
+    setattr(Ends, event, end)
+    where: Any = LOOPBACK
+    if place.startswith("tls"):
+        pem = str(make_certificate(tmp_path)).replace(":", r"\:")
+        where = WhereToListen.of_endpoint(
+            f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
+        )
+    server = await serve(
+        Handlers().of(kind),
+        where=where,
+        create=CREATE[kind],
+        observer=Ends(),
+        max_connections=1,
+        engine="reactor" if place.endswith("reactor") else "auto",
+    )
+    client = connect(server)
+    _, how = await in_thread(end_of, client)
+    assert how in ("eof", "reset")
+    await until(lambda: not server._factory.connections)
+    server.invariant()

@@ -388,6 +388,10 @@ def test_one_that_is_held_keeps_the_handler_of_its_accept() -> None:
 # change
 
 
+def log_accept_error(error: OSError, server: Any) -> None:
+    """A hook."""
+
+
 CHANGES: dict[str, tuple[Any, Any]] = {
     "max_connections": (7, 7),
     "max_accepts_per_batch": (3, 3),
@@ -407,6 +411,9 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "lifetime": (4, 4),
     "min_throughput": (5, 5),
     "throughput_window": (6, 6),
+    "on_exhaustion": ("shed", "shed"),
+    "on_accept_error": (log_accept_error, log_accept_error),
+    "eof_on_drain": (True, True),
     "keepalive": (True, True),
     "buffer_age_limit": (None, None),
     "flush_timeout": (8, 8),
@@ -452,6 +459,28 @@ def test_these_cannot(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         server.factory.change({"max_connections": 5, option: UNCHANGEABLE[option]})
     assert server.factory.settings is before
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("observer", "add_observer"),
+        ("handler", "set_handler"),
+        ("drop_incoming_connections", "set_drop_incoming_connections"),
+        ("engine", "new server"),
+        ("reactor", "new server"),
+        ("clock", "new server"),
+        ("socket", "new server"),
+        ("on_handler_error", "new server"),
+        ("backlogs", "no option"),
+    ],
+)
+def test_what_cannot_be_changed_says_what_to_do(option: str, remedy: str) -> None:
+    """What there is instead, beside the value."""
+    server = MemoryServer(Handlers().stream)
+    value = UNCHANGEABLE[option]
+    with pytest.raises(TypeError, match=rf"^{option}={value!r} .*{remedy}"):
+        server.factory.change({option: value})
     assert server.factory.max_connections != 5
 
 
