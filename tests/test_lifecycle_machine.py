@@ -234,6 +234,7 @@ class Lifecycle(RuleBasedStateMachine):
     examples = 0
     steps_run = 0
     kept: list[Any] = []
+    test_logs: Any = None
 
     @initialize(
         policy=st.sampled_from(["ignore", "ignore", "tell", "tell late", "raise"]),
@@ -1249,13 +1250,16 @@ class Lifecycle(RuleBasedStateMachine):
     def let_go(self) -> None:
         """The test itself is not what keeps anything alive."""
         self.watch.machine = None
-        self.logs.events.clear()
+        for logs in (self.logs, self.test_logs):
+            logs.events.clear()  # Events have sources.
         forget_log()
         for caller in self.callers:
             caller.connection = caller.given = caller.wake = None
         for box in (self.finished, self.over, self.failed, *self.closes, *self.drains):
             box.value = None
         self.factories.clear()
+        # What has closed it keeps its frames, as long as it can be asked for.
+        del self.server, self.factory
 
 
 def subclasses(cls: type) -> set[type]:
@@ -1332,10 +1336,16 @@ async def test_whatever_happens_it_ends_well(
     machine: Any = type(
         "Machine",
         (Lifecycle,),
-        {"kind": kind, "engine": engine, "directory": str(tmp_path), "kept": []},
+        {
+            "kind": kind,
+            "engine": engine,
+            "directory": str(tmp_path),
+            "kept": [],
+            "test_logs": logs,
+        },
     )
     OURS.update(
-        *(subclasses(c) for c in (Connection, Reader, Writer, Driver)),
+        *(subclasses(c) for c in (Connection, Reader, Writer, Driver, Server)),
         subclasses(tcp.Connection),
         subclasses(unix.Server),
     )
