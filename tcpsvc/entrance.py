@@ -572,9 +572,27 @@ class Entrance(protocol.ServerFactory):
         self._admission.invariant(held.union(self._live))
         if not self._too_early <= held:
             broken.append("whoever waits for the rate is held")
-        if self.is_closed and self._rate_wait is not None:
-            broken.append("no timer when it is closed")
-        return broken
+        live, counters = self._live, self.counters
+        checks = {
+            "no timer when it is closed": not self.is_closed or self._rate_wait is None,
+            "a timer only for accept_rate": self._rate_wait is None
+            or (
+                self.settings.accept_rate is not None
+                and "accept_rate" not in self.settings.dry_run
+            ),
+            "who is held is not live": held.isdisjoint(live),
+            "who was accepted is live or has ended": counters.accepted
+            == sum(c.is_accepted and not c.is_over for c in live.values())
+            + sum(counters.ends.values()),
+            "whose handler has ended knows why": not any(
+                c.reason is None and not (c.may_start or c.is_running)
+                for c in live.values()
+            ),
+            "only live connections are remembered": self._told.keys() <= live.keys()
+            and set(self._timeouts.watched) <= live.keys(),
+        }
+        broken += [check for check, holds in checks.items() if not holds]
+        return [*broken, *self._sweeper.broken(), *self._replies.broken()]
 
     def _names(self) -> str:
         return addresses_text(self._addresses()) or "a server"

@@ -145,6 +145,17 @@ class Exhaustion:
         else:
             self._reserve.give_up()
 
+    def broken(self) -> list[str]:
+        """What does not hold, and ought to."""
+        checks = {
+            "accepting rests only in an episode": self.pause is None
+            or self.episode is not None,
+            "it rests for a time": self.pause is None or bool(self.pause.active()),
+            "without ports there is neither a rest nor a reserve": bool(self._ports)
+            or (self.pause is None and not self._reserve.is_held),
+        }
+        return [check for check, holds in checks.items() if not holds]
+
     # What happens to them.
 
     def failed(self, error: OSError) -> None:

@@ -418,7 +418,7 @@ class ServerFactory(Entrance):
         :raises AssertionError: the state is broken; it says how (spec I1).
         """
         broken = self.slots.broken()
-        broken += self.broken_entrance()
+        broken += [*self.broken_entrance(), *self.exhaustion.broken()]
         if self.settings.max_accepts_per_batch < 1:
             broken.append("max_accepts_per_batch >= 1")
         if self._when_over.has_happened and (self._live or self._failures.is_reporting):

@@ -126,9 +126,17 @@ class Pausing:
                 self._listeners.stop_at_once()
                 raise self._closed(to)
             self._factory.doStop()
-        self.how = to
-        self._factory.set_paused(to is not None)
+        self._is_now(to)
         return None
+
+    def _is_now(self, how: How | None) -> None:
+        self.how = how
+        if how is None:  # Observers hear of that before they hear who comes in.
+            self._factory.events.server_resumed()
+            self._factory.set_paused(False)
+        else:
+            self._factory.set_paused(True)
+            self._factory.events.server_paused(how)
 
     def _closed(self, to: How | None) -> ServerClosed:
         asked = "resume()" if to is None else f"pause({to!r})"
@@ -142,6 +150,5 @@ class Pausing:
         # The application's factory is not to hear that it has stopped: its ports
         # come back, and its connections go on.
         self._factory.doStart()
-        self.how = "refuse"
-        self._factory.set_paused(True)
+        self._is_now("refuse")
         return self._listeners.stop()

@@ -82,6 +82,13 @@ class Replies:
         if connection is not None and connection.transport is None:
             connection.forget()
 
+    def broken(self) -> list[str]:
+        """What does not hold, and ought to."""
+        broken = [f"of last words: {check}" for check in self._sweeper.broken()]
+        if len(self._connections) > MOST_REPLIES:
+            broken.append("not too many are given a last word")
+        return broken
+
     def close(self) -> None:
         """Close all: what the kernel took is delivered."""
         for connection in list(self._connections.values()):

@@ -616,8 +616,23 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :raises AssertionError: the server's state is broken; it says how (I1).
         """
         self._factory.invariant()
-        if self._when_over.has_happened and self.num_connections:
-            raise AssertionError(f"live after the end: {self.describe()}")
+        drain = self._drain
+        checks = {
+            "nothing is live after the end": not (
+                self._when_over.has_happened and self.num_connections
+            ),
+            "nobody is let in while it is paused": self.is_closed
+            or (self.is_paused is not None) is self._factory.is_paused,
+            "what is closed is not paused": not (self.is_closed and self.is_paused),
+            "it accepts nobody any more when it is closed": not self.is_closed
+            or self._is_port_closing,
+            "handlers are told of a drain when it has stopped accepting": not (
+                self._factory.is_draining and (drain is None or not self.is_closed)
+            ),
+        }
+        broken = [check for check, holds in checks.items() if not holds]
+        if broken:
+            raise AssertionError(f"broken: {', '.join(broken)}: {self.describe()}")
 
     def describe(self) -> dict[str, Any]:
         """

@@ -91,6 +91,20 @@ class Sweeper:
             self._timer.cancel()
             self._timer = None
 
+    def broken(self) -> list[str]:
+        """What does not hold, and ought to."""
+        is_needed = bool(self._watched or (self._sweeps_all and self._connections))
+        timer = self._timer
+        checks = {
+            "there is a sweep exactly while it is needed": (timer is not None)
+            is is_needed,
+            "a sweep is to come": timer is None or bool(timer.active()),
+            "only live connections are watched": all(
+                c.id in self._connections for c in self._watched
+            ),
+        }
+        return [check for check, holds in checks.items() if not holds]
+
     def _sweep(self) -> None:
         now = self._clock.seconds()
         self._due += self._interval

@@ -8,6 +8,7 @@ over not before its time, and up to a quarter of it, or a second, later.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from tcpsvc.reasons import Reason
@@ -148,3 +149,8 @@ class Timeouts:
     def forget(self, connection: Any) -> None:
         """It is over."""
         self._windows.pop(connection.id, None)
+
+    @property
+    def watched(self) -> Collection[int]:
+        """The ids of those whose throughput is known."""
+        return self._windows.keys()

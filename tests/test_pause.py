@@ -18,7 +18,8 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 
-from tcpsvc import LOCALHOST, Server, ServerClosed, TcpService, WhereToListen
+from tcpsvc import LOCALHOST, Observer, Server, ServerClosed, TcpService, WhereToListen
+from tests.kinds import Seen
 from tests.support import LOOPBACK, Client, in_thread, open_descriptors, turn, until
 from tests.test_accepting import OtherEndpoint, queued, settle
 from tests.test_drain import Fired
@@ -106,6 +107,78 @@ async def test_hold_lets_clients_wait_in_the_backlog(
     for client in waiting:
         client.shut()
         assert await in_thread(client.read_all) == b"early\ngoodbye"
+
+
+@ensureDeferred
+async def test_observers_are_told_of_pauses(serve: Any, tmp_path: Path) -> None:
+    """V, Z: when they are there; not of what is so already, nor of what fails."""
+    seen = Seen()
+    server = await serve(answer, where=everywhere(tmp_path), observer=seen)
+    for how in ("hold", "hold", "refuse", "refuse", "hold", None, None, "refuse"):
+        await (server.pause(how) if how else server.resume())
+    with pytest.raises(ValueError, match="nap"):
+        await server.pause("nap")
+    await server.resume()
+    assert seen.events == [
+        ("server_paused", "hold"),
+        ("server_paused", "refuse"),
+        ("server_paused", "hold"),
+        ("server_resumed",),
+        ("server_paused", "refuse"),
+        ("server_resumed",),
+    ]
+
+
+@ensureDeferred
+@pytest.mark.parametrize("how", WAYS)
+async def test_who_comes_in_after_a_pause_comes_after_its_end(
+    how: Any, serve: Any, connect: Any
+) -> None:
+    """V: as told: who is accepted, is so while the server is not paused."""
+    seen = Seen()
+    server = await serve(answer, observer=seen, max_connections=1)
+    await server.pause(how)
+    if how == "hold":
+        connect(server)
+    await server.resume()
+    if how == "refuse":
+        connect(server)
+    await until(lambda: "handler_started" in seen.names())
+    assert [name for name in seen.names() if name != "limit_reached"][:3] == [
+        "server_paused",
+        "server_resumed",
+        "connection_accepted",
+    ]
+
+
+class Closing(Observer):
+    """Closes the server in the middle of what it is told."""
+
+    server: Any = None
+
+    def server_paused(self, how: str) -> None:
+        self.server.close()
+
+    def server_resumed(self) -> None:
+        self.server.close()
+
+
+@ensureDeferred
+@pytest.mark.parametrize("how", [*WAYS, None])
+async def test_an_observer_may_close_the_server_then(how: Any, serve: Any) -> None:
+    """Z, X: the pause is over with the server."""
+    server = await serve(answer)
+    if how is None:
+        await server.pause("refuse")
+    observer = Closing()
+    observer.server = server
+    server.add_observer(observer)
+    await (server.pause(how) if how else server.resume())
+    assert server.is_closed
+    assert server.is_paused is None
+    server.invariant()
+    await server.close_finished_and_handlers_determined()
+    assert is_refused(server.listening_on_address)
 
 
 @ensureDeferred

@@ -13,33 +13,25 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import socket
 import struct
 import weakref
 from asyncio import IncompleteReadError
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import pytest_twisted
-from greenlet import greenlet
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
-from twisted.logger import globalLogBeginner, globalLogPublisher
-from twisted.python.failure import Failure
 
 from tcpsvc import (
     LOCALHOST,
@@ -50,71 +42,8 @@ from tcpsvc import (
 )
 from tcpsvc.listeners import Listeners
 from tcpsvc.testing import MemoryServer
+from tests.machines import Box, box, forget_log, own_log, run, with_the_reactor
 from tests.support import Logs, the_reactor, turn
-
-DEEP = int(os.environ.get("TCPSVC_DEEP", "0"))
-
-
-def run(machine: Any, examples: int, steps: int) -> None:
-    """Run a machine; the same examples every time, unless ``TCPSVC_DEEP``."""
-    gc.collect()
-    gc.freeze()  # Else each of the machine's collections would look at it all.
-    try:
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=examples * (DEEP or 1),
-                stateful_step_count=steps,
-                derandomize=not DEEP,
-                phases=[Phase.generate, Phase.shrink],
-                database=None,
-                deadline=None,
-                report_multiple_bugs=False,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    finally:
-        gc.unfreeze()
-
-
-async def with_the_reactor(function: Callable[..., None], *args: Any) -> None:
-    """
-    Run something that calls ``blockon``, which tests cannot: they run in the
-    reactor's greenlet.
-    """
-    done: Deferred[None] = Deferred()
-
-    def main() -> None:
-        try:
-            function(*args)
-        except BaseException:
-            the_reactor().callLater(0, done.errback, Failure())
-        else:
-            the_reactor().callLater(0, done.callback, None)
-
-    greenlet(main).switch()
-    await done
-
-
-@contextmanager
-def own_log() -> Iterator[Logs]:
-    """What is logged by one example."""
-    observer = Logs()
-    globalLogPublisher.addObserver(observer)
-    try:
-        yield observer
-    finally:
-        globalLogPublisher.removeObserver(observer)
-
-
-def forget_log() -> None:
-    """
-    Twisted keeps what is logged before logging begins, which under pytest it
-    never does; and with it the connections that the events are of.
-    """
-    buffer = getattr(globalLogBeginner, "_initialBuffer", None)
-    if buffer is not None:
-        buffer._buffer.clear()
 
 
 class Boom(Exception):
@@ -123,27 +52,6 @@ class Boom(Exception):
 
 class PolicyBoom(Exception):
     """What ``on_handler_error`` raises here."""
-
-
-class Box:
-    """What has become of a Deferred."""
-
-    def __init__(self, deferred: Deferred[Any]) -> None:
-        self.state = "pending"
-        self.value: Any = None
-        self.deferred = deferred
-        deferred.addCallbacks(self._fired, self._failed)
-
-    def _fired(self, value: Any) -> None:
-        self.state, self.value = "done", value
-
-    def _failed(self, failure: Any) -> None:
-        self.state, self.value = type(failure.value).__name__, failure.value
-
-
-def box(coroutine: Any) -> Box:
-    """What becomes of a coroutine."""
-    return Box(Deferred.fromCoroutine(coroutine))
 
 
 # The machine in memory.
