@@ -180,8 +180,11 @@ async def error(s: Any) -> None:
 
 async def server_closes(s: Any) -> None:
     """close(close_existing_connections=True)"""
-    s.factory.close()
-    await s.factory.close_connections()
+    if s.server is not None:
+        await s.server.close(close_existing_connections=True)
+    else:
+        s.factory.close()
+        await s.factory.close_connections()
 
 
 async def closed(s: Any) -> None:
