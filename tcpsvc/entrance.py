@@ -185,6 +185,8 @@ class Entrance(protocol.ServerFactory):
         be gated accepts nevertheless: whom it accepts is held.
         """
         self.is_paused = paused
+        if not paused and self.settings.overflow == "evict" and self._held:
+            self._make_room(0)
         self._place_found()
 
     def has_place(self) -> bool:
@@ -250,8 +252,8 @@ class Entrance(protocol.ServerFactory):
         if "max_connections" in self.settings.dry_run:
             log.in_dry_run(address_of(address), Reason.OVERFLOW)
         elif overflow == "evict":
-            # One that has come too early evicts nobody before its time.
-            if self._rate_wait is None and not self._too_early:
+            # One that has to wait for its time, or for a resume, evicts nobody yet.
+            if not (self._rate_wait or self._too_early or self.is_paused):
                 self._make_room(1)
         elif overflow != "hold":
             return Reason.OVERFLOW, overflow

@@ -128,6 +128,7 @@ class Pausing:
             self._factory.doStop()
         self.how = to
         self._factory.set_paused(to is not None)
+        self._tell(to)
         return None
 
     def _closed(self, to: How | None) -> ServerClosed:
@@ -144,4 +145,16 @@ class Pausing:
         self._factory.doStart()
         self.how = "refuse"
         self._factory.set_paused(True)
-        return self._listeners.stop()
+        stopped = self._listeners.stop()
+        self._tell("refuse")
+        return stopped
+
+    def _tell(self, how: How | None) -> None:
+        """Observers hear of it, unless one has closed the server meanwhile."""
+        if self._is_over:
+            return
+        events = self._factory.events
+        if how is None:
+            events.server_resumed()
+        else:
+            events.server_paused(how)

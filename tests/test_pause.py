@@ -18,7 +18,15 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 
-from tcpsvc import LOCALHOST, Server, ServerClosed, TcpService, WhereToListen
+from tcpsvc import (
+    LOCALHOST,
+    Observer,
+    Server,
+    ServerClosed,
+    TcpService,
+    WhereToListen,
+)
+from tests.kinds import Seen, Staying
 from tests.support import LOOPBACK, Client, in_thread, open_descriptors, turn, until
 from tests.test_accepting import OtherEndpoint, queued, settle
 from tests.test_drain import Fired
@@ -804,3 +812,75 @@ async def test_abandoned_while_paused(how: Any, tmp_path: Path) -> None:
     service.abandon()
     assert os.listdir(tmp_path) == []
     assert factory.heard == ["start", "stop"]
+
+
+@ensureDeferred
+async def test_observers_hear_of_it(serve: Any) -> None:
+    """Of each change once, in order; of none that fails or changes nothing."""
+    seen = Seen()
+    server = await serve(answer, observer=seen)
+    for change in ("hold", "hold", "refuse", "hold", None, None, "refuse"):
+        await (server.pause(change) if change else server.resume())
+    with pytest.raises(ValueError, match="wrong"):
+        await server.pause("wrong")
+    with socket.socket() as other:
+        other.bind((LOCALHOST, server.listening_on))
+        other.listen()
+        with pytest.raises(CannotListenError):
+            await server.resume()
+    await server.resume()
+    assert seen.events == [
+        ("server_paused", "hold"),
+        ("server_paused", "refuse"),
+        ("server_paused", "hold"),
+        ("server_resumed",),
+        ("server_paused", "refuse"),
+        ("server_resumed",),
+    ]
+    await server.pause("hold")
+    await server.close()
+    assert seen.events[-1] == ("server_paused", "hold")
+
+
+@pytest.mark.parametrize("how", WAYS)
+@ensureDeferred
+async def test_whoever_hears_of_it_may_do_the_opposite_or_close(
+    serve: Any, how: Any
+) -> None:
+    """What it asks for comes after what it hears of."""
+
+    class Contrary(Observer):
+        def server_paused(self, how: str) -> None:
+            server.resume()
+
+        def server_resumed(self) -> None:
+            server.close()
+
+    server = await serve(answer, observer=Contrary())
+    await server.pause(how)
+    await server.close_finished()
+    assert server.is_paused is None
+    server.invariant()
+
+
+@ensureDeferred
+async def test_nobody_is_evicted_for_who_has_to_wait_for_the_resume(
+    serve: Any, connect: Any
+) -> None:
+    """On a port that cannot be gated, which accepts while paused."""
+    staying = Staying()
+    server = await serve(
+        staying.stream,
+        where=WhereToListen.of_endpoint(OtherEndpoint()),
+        overflow="evict",
+        max_connections=1,
+    )
+    connect(server)
+    await until(lambda: len(staying.started) == 1)
+    await server.pause("hold")
+    connect(server)
+    await until(lambda: server.describe()["held"])
+    assert server.describe()["counters"]["ends"] == {}
+    await server.resume()
+    await until(lambda: len(staying.started) == 2)
+    assert server.describe()["counters"]["ends"] == {"evicted": 1}
