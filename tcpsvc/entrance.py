@@ -275,6 +275,10 @@ class Entrance(protocol.ServerFactory):
         self._is_judged = False
         self._refusal_log.refused(address, reason)
 
+    def may_say(self, of: Reason | str) -> bool:
+        """Whether the log had no line of that for a while."""
+        return self._refusal_log.may_say(of)
+
     def say_instead(self, reply: Reply) -> bool:
         """
         The next client is told this, and not served.
@@ -304,10 +308,12 @@ class Entrance(protocol.ServerFactory):
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if self.takes_sockets:
-            self._log.error(
-                "{peer} refused: only a tcpsvc.Server can serve a socket handler",
-                peer=addr,
-            )
+            if self.may_say("no sockets"):
+                self._log.error(
+                    "{peer} refused, as all are: only a tcpsvc.Server can serve a "
+                    "socket handler; use Server.create_sock",
+                    peer=addr,
+                )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if not self._is_judged:
