@@ -83,6 +83,8 @@ class Entrance(protocol.ServerFactory):
         self.is_draining = False
         #: Whether a server's pause lets nobody in for now (spec Z1).
         self.is_paused = False
+        #: Whoever was accepted after that one waits for the resume.
+        self._last_before_pause = 0
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
         self._eviction = Eviction(self.slots)
@@ -182,8 +184,11 @@ class Entrance(protocol.ServerFactory):
     def set_paused(self, paused: bool) -> None:
         """
         Let nobody in for now, not even to drop them, or go on. A port that cannot
-        be gated accepts nevertheless: whom it accepts is held.
+        be gated accepts nevertheless: whom it accepts is held. Who was accepted
+        before gets the next slot.
         """
+        if paused and not self.is_paused:
+            self._last_before_pause = self._last_id
         self.is_paused = paused
         if not paused and self.settings.overflow == "evict" and self._held:
             self._make_room(0)
@@ -513,8 +518,10 @@ class Entrance(protocol.ServerFactory):
         self._maybe_over()
 
     def _place_found(self) -> None:
-        while self._held and not self.is_closed and not self.is_paused:
+        while self._held and not self.is_closed:
             connection = self._held[0]
+            if self.is_paused and connection.id > self._last_before_pause:
+                break
             if connection.id in self._too_early:
                 if self._rate_wait is not None:
                     break

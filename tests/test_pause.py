@@ -884,3 +884,61 @@ async def test_nobody_is_evicted_for_who_has_to_wait_for_the_resume(
     await server.resume()
     await until(lambda: len(staying.started) == 2)
     assert server.describe()["counters"]["ends"] == {"evicted": 1}
+
+
+@pytest.mark.parametrize("how", WAYS)
+@ensureDeferred
+async def test_who_was_accepted_and_waits_for_a_slot_is_served_while_paused(
+    serve: Any, connect: Any, how: Any
+) -> None:
+    """The newcomer that another one was evicted for has been accepted already."""
+    let_go: Deferred[None] = Deferred()
+    started: list[Any] = []
+
+    async def takes_its_time(address: Any, reader: Any, writer: Any) -> None:
+        started.append(address)
+        try:
+            await reader.drain_to_eof()
+            await Deferred()
+        except CancelledError:
+            await let_go
+
+    server = await serve(takes_its_time, overflow="evict", max_connections=1)
+    connect(server)
+    await until(lambda: len(started) == 1)
+    connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    await server.pause(how)
+    let_go.callback(None)
+    await until(lambda: len(started) == 2)
+    assert server.is_paused == how
+    server.invariant()
+
+
+@ensureDeferred
+async def test_who_was_accepted_in_a_pause_waits_behind_who_was_before(
+    serve: Any, connect: Any
+) -> None:
+    """On a port that cannot be gated, which accepts while paused; a further word of
+    pause changes nothing about it."""
+    staying = Staying()
+    server = await serve(
+        staying.stream,
+        where=WhereToListen.of_endpoint(OtherEndpoint()),
+        max_connections=1,
+    )
+    first = connect(server)
+    await until(lambda: len(staying.started) == 1)
+    connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    await server.pause("hold")
+    connect(server)
+    await until(lambda: server.describe()["held"] == 2)
+    await server.pause("hold")
+    server.max_connections = 3
+    await until(lambda: len(staying.started) == 2)
+    await settle()
+    assert server.describe()["held"] == 1
+    await server.resume()
+    await until(lambda: len(staying.started) == 3)
+    first.close()
