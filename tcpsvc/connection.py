@@ -115,6 +115,9 @@ class Owner(Protocol):
     def is_observed(self) -> bool:
         """Whether anybody is told of the end, and of what it has moved."""
 
+    def may_say(self, of: Reason | str) -> bool:
+        """Whether the log had no line of that for a while."""
+
     def stop_reactor(self, error: BaseException) -> None:
         """Its handler has raised ``SystemExit`` or ``KeyboardInterrupt``."""
 

@@ -58,8 +58,9 @@ class Lines:
     def announcing(self, seconds: float) -> None:
         """It accepts for another while."""
         _log.info(
-            "{address}: about to drain, accepting for another {seconds:g} s",
+            "{address}: about to drain, {doing} for another {seconds:g} s",
             address=self._addresses,
+            doing="paused" if self._factory.is_paused else "accepting",
             seconds=seconds,
         )
 

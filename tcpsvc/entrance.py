@@ -83,6 +83,8 @@ class Entrance(protocol.ServerFactory):
         self.is_draining = False
         #: Whether a server's pause lets nobody in for now (spec Z1).
         self.is_paused = False
+        #: Whoever was accepted after that one waits for the resume.
+        self._last_before_pause = 0
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
         self._eviction = Eviction(self.slots)
@@ -182,9 +184,14 @@ class Entrance(protocol.ServerFactory):
     def set_paused(self, paused: bool) -> None:
         """
         Let nobody in for now, not even to drop them, or go on. A port that cannot
-        be gated accepts nevertheless: whom it accepts is held.
+        be gated accepts nevertheless: whom it accepts is held. Who was accepted
+        before gets the next slot.
         """
+        if paused and not self.is_paused:
+            self._last_before_pause = self._last_id
         self.is_paused = paused
+        if not paused and self.settings.overflow == "evict" and self._held:
+            self._make_room(0)
         self._place_found()
 
     def has_place(self) -> bool:
@@ -250,8 +257,8 @@ class Entrance(protocol.ServerFactory):
         if "max_connections" in self.settings.dry_run:
             log.in_dry_run(address_of(address), Reason.OVERFLOW)
         elif overflow == "evict":
-            # One that has come too early evicts nobody before its time.
-            if self._rate_wait is None and not self._too_early:
+            # One that has to wait for its time, or for a resume, evicts nobody yet.
+            if not (self._rate_wait or self._too_early or self.is_paused):
                 self._make_room(1)
         elif overflow != "hold":
             return Reason.OVERFLOW, overflow
@@ -272,6 +279,10 @@ class Entrance(protocol.ServerFactory):
         """A client was sent away."""
         self._is_judged = False
         self._refusal_log.refused(address, reason)
+
+    def may_say(self, of: Reason | str) -> bool:
+        """Whether the log had no line of that for a while."""
+        return self._refusal_log.may_say(of)
 
     def say_instead(self, reply: Reply) -> bool:
         """
@@ -302,10 +313,12 @@ class Entrance(protocol.ServerFactory):
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if self.takes_sockets:
-            self._log.error(
-                "{peer} refused: only a tcpsvc.Server can serve a socket handler",
-                peer=addr,
-            )
+            if self.may_say("no sockets"):
+                self._log.error(
+                    "{peer} refused, as all are: only a tcpsvc.Server can serve a "
+                    "socket handler; use Server.create_sock",
+                    peer=addr,
+                )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
         if not self._is_judged:
@@ -505,8 +518,10 @@ class Entrance(protocol.ServerFactory):
         self._maybe_over()
 
     def _place_found(self) -> None:
-        while self._held and not self.is_closed and not self.is_paused:
+        while self._held and not self.is_closed:
             connection = self._held[0]
+            if self.is_paused and connection.id > self._last_before_pause:
+                break
             if connection.id in self._too_early:
                 if self._rate_wait is not None:
                     break

@@ -72,6 +72,8 @@ class Owner(Protocol):
     settings: Settings
     clock: Any
     server: Any
+    #: Whether nobody is let in, nor sent away, for now.
+    is_paused: bool
 
     @property
     def events(self) -> Any: ...
@@ -269,7 +271,7 @@ class Exhaustion:
     def _turn_away(self, port: Port) -> bool:
         """Returns whether nobody is left that could be."""
         for _ in range(SHED_BATCH):
-            if self.pause is None or port not in self._ports:
+            if self.pause is None or port not in self._ports or self._owner.is_paused:
                 return True
             try:
                 port.turn_away()

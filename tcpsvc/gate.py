@@ -5,9 +5,10 @@ A :class:`Gate` stands in a port's ``doRead``. It asks the kernel for a client
 only while there is a place for one, so ``max_connections`` is exact: whoever is
 beyond it waits in the kernel's backlog.
 
-The rule, in one place: a client is accepted while the server is open, is not
-paused, and either drops (a dropped client needs no slot) or has a free slot.
-Everything that may change this calls :meth:`Gate.update`.
+The rule is :meth:`Entrance.has_place <tcpsvc.entrance.Entrance.has_place>`: a client is
+accepted while the server is open, is not paused, and either drops (a dropped client
+needs no slot) or has a free slot, or an overflow that needs none, and need not wait for
+``accept_rate``. Everything that may change this calls :meth:`Gate.update`.
 
 This file and :mod:`tcpsvc.port` are the only ones that know the inside of
 :class:`twisted.internet.tcp.Port` (Twisted 24.7 to 26.10: ``doRead``,

@@ -13,6 +13,7 @@ class IReader(Interface):
     bytes_read = Attribute("How many bytes have arrived so far.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
+    connection = Attribute("The IConnection that it is of.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
 
@@ -53,6 +54,7 @@ class IWriter(Interface):
     bytes_written = Attribute("How many bytes were written so far.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
+    connection = Attribute("The IConnection that it is of.")
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
 
@@ -100,6 +102,28 @@ class IServer(Interface):
     is_draining = Attribute("Whether a drain has begun.")
     is_paused = Attribute("'hold' or 'refuse' while paused, else None.")
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
+    connections = Attribute("A tcpsvc.ConnectionSnapshot of each live connection.")
+    limits = Attribute("The limits that there are, in a line.")
+    #: An attribute, since mypy-zope has no word for ``Unpack``.
+    change = Attribute("``change(**options)``: other ones from now on, all or none.")
+
+    def connection(id):  # type: ignore[no-untyped-def]
+        """The live IConnection of a number."""
+
+    def when_connections(condition):  # type: ignore[no-untyped-def]
+        """A Deferred: the number of taken slots is as one wishes."""
+
+    def set_handler(handler):  # type: ignore[no-untyped-def]
+        """Serve new connections with another handler."""
+
+    def add_observer(observer):  # type: ignore[no-untyped-def]
+        """Tell an IObserver what happens from now on."""
+
+    def remove_observer(observer):  # type: ignore[no-untyped-def]
+        """Tell it no more."""
+
+    def cancel_handlers():  # type: ignore[no-untyped-def]
+        """Cancel every handler that still runs."""
 
     def close(*, close_existing_connections=False, cancel_handlers=False):  # type: ignore[no-untyped-def]
         """Close the listening sockets; a Deferred of one's own."""
@@ -145,6 +169,7 @@ class IConnection(Interface):
     age = Attribute("Seconds since its accept; for observers up to its end.")
     bytes_in = Attribute("Bytes received; None where nobody knows, or has observed.")
     bytes_out = Attribute("Bytes that the kernel has taken; None as for bytes_in.")
+    holds_slot = Attribute("Whether it counts against max_connections.")
     draining = Attribute("Whether the server drains.")
 
     def when_draining():  # type: ignore[no-untyped-def]

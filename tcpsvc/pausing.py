@@ -132,11 +132,11 @@ class Pausing:
     def _is_now(self, how: How | None) -> None:
         self.how = how
         if how is None:  # Observers hear of that before they hear who comes in.
-            self._factory.events.server_resumed()
+            self._tell(None)
             self._factory.set_paused(False)
         else:
             self._factory.set_paused(True)
-            self._factory.events.server_paused(how)
+            self._tell(how)
 
     def _closed(self, to: How | None) -> ServerClosed:
         asked = "resume()" if to is None else f"pause({to!r})"
@@ -150,5 +150,18 @@ class Pausing:
         # The application's factory is not to hear that it has stopped: its ports
         # come back, and its connections go on.
         self._factory.doStart()
-        self._is_now("refuse")
-        return self._listeners.stop()
+        self.how = "refuse"
+        self._factory.set_paused(True)
+        stopped = self._listeners.stop()
+        self._tell("refuse")
+        return stopped
+
+    def _tell(self, how: How | None) -> None:
+        """Observers hear of it, unless one has closed the server meanwhile."""
+        if self._is_over:
+            return
+        events = self._factory.events
+        if how is None:
+            events.server_resumed()
+        else:
+            events.server_paused(how)

@@ -1,6 +1,6 @@
 """
 What is said, and counted, of clients that are refused, and of limits that are only
-tried out.
+tried out; and how often anything is said that a client can bring about.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RefusalLog:
         """A client was sent away."""
         owner = self._owner
         owner.events.connection_refused(address, reason)
-        if reason not in _SAID_ELSEWHERE and self._may_warn(reason):
+        if reason not in _SAID_ELSEWHERE and self.may_say(reason):
             _log.warn(
                 "{address}: refusing clients: {reason}, {count} so far",
                 address=self._names(),
@@ -60,7 +60,7 @@ class RefusalLog:
         """A limit would have refused, or ended, what it lets pass."""
         owner = self._owner
         owner.events.refused_in_dry_run(address, reason)
-        if self._may_warn(f"dry run {reason.value}"):
+        if self.may_say(f"dry run {reason.value}"):
             _log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
@@ -75,15 +75,18 @@ class RefusalLog:
         owner = self._owner
         owner.events.limit_reached("max_connections")
         settings = owner.settings
-        if settings.overflow == "hold" and self._may_warn("max_connections"):
+        if settings.overflow == "hold" and self.may_say("max_connections"):
             _log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
                 address=self._names(),
                 limit=settings.max_connections,
             )
 
-    def _may_warn(self, of: Reason | str) -> bool:
-        """Whether that was not said for a while."""
+    def may_say(self, of: Reason | str) -> bool:
+        """
+        Whether that was not said for a while. Clients can bring much about, but not a
+        line of the log each.
+        """
         now = self._owner.clock.seconds()
         warned_at = self._warned_at.get(of)
         if warned_at is not None and now - warned_at < WARNING_INTERVAL:

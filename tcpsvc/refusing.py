@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from tcpsvc.counters import Counters
 from tcpsvc.kernel import close_orderly, close_with_reset
 from tcpsvc.overflow import Refusal, Reply
+from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
@@ -152,6 +153,10 @@ class Replies:
 
     def holds_slot(self, connection: Any) -> bool:
         """Never."""
+        return False
+
+    def may_say(self, of: Reason | str) -> bool:
+        """That they are refused is said."""
         return False
 
     def stop_reactor(self, error: BaseException) -> None:

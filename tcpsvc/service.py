@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 class TcpService(Service):
     """
-    Listens while it runs. It may be stopped and started again.
+    Listens while it runs. It may be stopped and started again; it begins with the
+    options that it was made with each time, whatever its server was changed to.
 
     It binds in ``privilegedStartService``, while a daemon is still root, or
     earlier with :meth:`bind`; it lets clients in at ``startService``. Its

@@ -29,7 +29,7 @@ from twisted.internet.interfaces import (
     IPullProducer,
     ISSLTransport,
 )
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -550,10 +550,11 @@ class StreamConnection(Connection[AddressT]):
         if self.is_running:
             self.fail_at_once(Failure(error))
         else:
-            _log.warn(
-                "closing {peer} during its final flush: {error}",
-                peer=self.peer,
+            self._say(
+                LogLevel.warn,
+                "closing {peer} during its final flush: {error}; {count} so far",
                 error=str(error),
+                count=self._factory.counters.too_old,
             )
         self.close_now()
 
@@ -573,13 +574,23 @@ class StreamConnection(Connection[AddressT]):
         taken = self._taken_by_client()
         if taken != before:
             self._progress = (taken, now)
-        elif now - since >= self._flush_timeout:
+        elif now - since >= self._flush_timeout and not self._aborted:
             self._factory.counters.aborted += 1
             self.reason = Reason.FLUSH_TIMEOUT
-            _log.info(
+            self._say(
+                LogLevel.info,
                 "aborting {peer}: it has taken no byte for {seconds:g} s while its "
-                "connection was to close",
-                peer=self.peer,
+                "connection was to close; {count} so far",
                 seconds=now - since,
+                count=self._factory.counters.aborted,
             )
             self.abort()
+
+    def _say(self, level: Any, text: str, **fields: Any) -> None:
+        """
+        Say why it is closed: of each reason once in a minute, and at debug in between.
+        """
+        assert self.reason is not None
+        if not self._factory.may_say(f"ended: {self.reason.value}"):
+            level = LogLevel.debug
+        _log.emit(level, text, peer=self.peer, **fields)

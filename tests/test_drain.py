@@ -460,12 +460,13 @@ async def test_dropping_goes_on_while_it_is_announced(
 @pytest.mark.parametrize("how", ["hold", "refuse"])
 @ensureDeferred
 async def test_a_paused_server_is_drained_too(
-    serve: Any, connect: Any, clock: Clock, how: Any
+    serve: Any, connect: Any, clock: Clock, logs: Logs, how: Any
 ) -> None:
-    """It accepts nobody anyway; resumed in the announcement it does."""
+    """It accepts nobody anyway, and says so; resumed in the announcement it does."""
     server, clients = await serving(serve, connect, reads, clock, 1)
     await server.pause(how)
     over = Fired(server.drain(announce=2.0, timeout=30.0))
+    assert "about to drain, paused for another 2 s" in logs.texts()[-1]
     clock.advance(1.0)
     assert server.is_draining
     assert not server.is_closed

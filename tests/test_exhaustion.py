@@ -645,6 +645,33 @@ async def test_a_server_may_be_closed_by_who_is_told(
     assert server._factory.counters.refusals == ({"shed": 1} if refused else {})
 
 
+@pytest.mark.parametrize("when", ["hook", "on_failed", "on_refused"])
+@exhausting
+async def test_who_waits_for_the_end_of_a_pause_is_not_shed(
+    when: str, serve: Any, connect: Any, handlers: Handlers, hoard: Hoard
+) -> None:
+    """Z1: whoever is told of the shortage may pause the server."""
+    watching = Watching()
+    server = await serve(handlers, on_exhaustion="shed", observer=watching)
+
+    def pause(*_: Any) -> None:
+        server.pause("hold")
+
+    if when == "hook":
+        server.change(on_accept_error=pause)
+    else:
+        setattr(watching, when, pause)
+    clients = [connect(server) for _ in range(3)]
+    hoard.fill()
+    await until(lambda: server.is_paused)
+    await settle()
+    shed = 1 if when == "on_refused" else 0
+    assert heard(clients) == shed
+    hoard.end()
+    await server.resume()
+    await until(lambda: handlers.running == 3 - shed)
+
+
 @exhausting
 async def test_who_is_told_of_the_shedding_may_free_a_descriptor(
     serve: Any, connect: Any, handlers: Handlers, hoard: Hoard

@@ -111,3 +111,24 @@ async def test_an_unknown_option_is_named(serve: Any) -> None:
         await serve(forever, max_conections=3)
     with pytest.raises(TypeError, match="buffer_age_limit=3"):
         await serve(forever, create=Server.create_sock, buffer_age_limit=3)
+
+
+@pytest.mark.parametrize(
+    ("interface", "implementation", "own"),
+    [
+        (
+            IServer,
+            Server,
+            # The two halves of a creation, and what a daemon and a test ask for.
+            {"begin", "bind", "abandon", "stopped_by", "is_reporting_errors", "clock"},
+        ),
+        (tcpsvc.IObserver, tcpsvc.Observer, set()),
+    ],
+)
+def test_the_interfaces_are_complete(
+    interface: Any, implementation: Any, own: set[str]
+) -> None:
+    """What is public is in the interface, but for the creators."""
+    public = {name for name in dir(implementation) if not name.startswith("_")}
+    public = {name for name in public if not name.startswith("create")}
+    assert public - own == set(interface.names())

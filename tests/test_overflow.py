@@ -16,7 +16,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.protocols.policies import WrappingFactory
 
-from tcpsvc import LOCALHOST, Observer, Reason, Reply, Server
+from tcpsvc import LOCALHOST, Observer, Reason, Reply, Server, ServerFactory
 from tcpsvc.testing import MemoryServer
 from tests.kinds import KINDS, Raising, Seen, Staying, end_of, place, settle
 from tests.support import PATIENCE, Client, in_thread, the_reactor, turn, until
@@ -1100,3 +1100,84 @@ async def test_a_protocol_that_builds_none_frees_its_slot(
     assert refusals(server) == {"unserved": 1}
     assert ends(server) == {"evicted": 1}
     server.invariant()
+
+
+def loud(logs: Any) -> list[str]:
+    """The lines above debug that name a client."""
+    return [
+        text
+        for level in (LogLevel.info, LogLevel.warn, LogLevel.error)
+        for text in logs.texts(level)
+        if "IPv4Address" in text
+    ]
+
+
+@pytest.mark.parametrize("limit", ["flush_timeout", "buffer_age_limit"])
+@ensureDeferred
+async def test_who_does_not_take_its_bytes_is_no_line_each(
+    serve: Any, connect: Any, logs: Any, limit: str
+) -> None:
+    """One in a minute, with how many there were; the others are at debug."""
+    clock = Clock()
+
+    async def much(address: Any, reader: Any, writer: Any) -> None:
+        writer.write(b"x" * 10_000_000)
+
+    options: dict[str, Any] = {"flush_timeout": 1000.0, limit: 5.0}
+    server = await serve(much, clock=clock, **options)
+    counters = server._factory.counters
+
+    async def five() -> None:
+        for _ in range(5):
+            connect(server)
+        await until(lambda: server.num_connections == 5)
+        await until(lambda: {c.handler for c in server.connections} == {"finished"})
+        clock.pump([1] * 8)
+        await until(lambda: server.num_connections == 0)
+
+    await five()
+    assert len(loud(logs)) == 1
+    assert len([t for t in logs.texts(LogLevel.debug) if "so far" in t]) == 4
+    clock.advance(60)
+    await five()
+    assert len(loud(logs)) == 2
+    assert "6 so far" in loud(logs)[-1]
+    assert counters.too_old + counters.aborted == 10
+
+
+@ensureDeferred
+async def test_who_does_not_take_its_last_word_is_no_line_each(
+    serve: Any, connect: Any, logs: Any
+) -> None:
+    """It is refused, which has a line of its own, once in a minute."""
+    clock = Clock()
+    server = await serve(
+        Staying().stream, clock=clock, overflow=Reply(b"busy"), max_connections=1
+    )
+    connect(server)
+    await until(lambda: server.num_connections == 1)
+    replies = server._factory._replies._connections
+    clients = [connect(server) for _ in range(5)]
+    for client in clients:
+        client.send(b"I go on")
+    await until(lambda: len(replies) == 5)
+    await until(lambda: all(c._discarded for c in replies.values()))
+    clock.pump([1] * 8)
+    await until(lambda: not replies)
+    assert loud(logs) == []
+    assert len([t for t in logs.texts(LogLevel.warn) if "refusing clients" in t]) == 1
+
+
+@ensureDeferred
+async def test_a_factory_of_sockets_that_listens_alone_is_no_line_each(
+    connect: Any, logs: Any
+) -> None:
+    """What is wrong is said, with what to do, and not for each client."""
+    factory = ServerFactory.of_socks(Staying().sock, on_handler_error="ignore")
+    port = the_reactor().listenTCP(0, factory, interface=LOCALHOST)
+    for _ in range(5):
+        connect(port.getHost())
+    await until(lambda: factory.counters.refused == 5)
+    assert len(loud(logs)) == 1
+    assert "Server.create_sock" in loud(logs)[0]
+    await port.stopListening()

@@ -18,8 +18,15 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 
-from tcpsvc import LOCALHOST, Observer, Server, ServerClosed, TcpService, WhereToListen
-from tests.kinds import Seen
+from tcpsvc import (
+    LOCALHOST,
+    Observer,
+    Server,
+    ServerClosed,
+    TcpService,
+    WhereToListen,
+)
+from tests.kinds import Seen, Staying
 from tests.support import LOOPBACK, Client, in_thread, open_descriptors, turn, until
 from tests.test_accepting import OtherEndpoint, queued, settle
 from tests.test_drain import Fired
@@ -877,3 +884,133 @@ async def test_abandoned_while_paused(how: Any, tmp_path: Path) -> None:
     service.abandon()
     assert os.listdir(tmp_path) == []
     assert factory.heard == ["start", "stop"]
+
+
+@ensureDeferred
+async def test_observers_hear_of_it(serve: Any) -> None:
+    """Of each change once, in order; of none that fails or changes nothing."""
+    seen = Seen()
+    server = await serve(answer, observer=seen)
+    for change in ("hold", "hold", "refuse", "hold", None, None, "refuse"):
+        await (server.pause(change) if change else server.resume())
+    with pytest.raises(ValueError, match="wrong"):
+        await server.pause("wrong")
+    with socket.socket() as other:
+        other.bind((LOCALHOST, server.listening_on))
+        other.listen()
+        with pytest.raises(CannotListenError):
+            await server.resume()
+    await server.resume()
+    assert seen.events == [
+        ("server_paused", "hold"),
+        ("server_paused", "refuse"),
+        ("server_paused", "hold"),
+        ("server_resumed",),
+        ("server_paused", "refuse"),
+        ("server_resumed",),
+    ]
+    await server.pause("hold")
+    await server.close()
+    assert seen.events[-1] == ("server_paused", "hold")
+
+
+@pytest.mark.parametrize("how", WAYS)
+@ensureDeferred
+async def test_whoever_hears_of_it_may_do_the_opposite_or_close(
+    serve: Any, how: Any
+) -> None:
+    """What it asks for comes after what it hears of."""
+
+    class Contrary(Observer):
+        def server_paused(self, how: str) -> None:
+            server.resume()
+
+        def server_resumed(self) -> None:
+            server.close()
+
+    server = await serve(answer, observer=Contrary())
+    await server.pause(how)
+    await server.close_finished()
+    assert server.is_paused is None
+    server.invariant()
+
+
+@ensureDeferred
+async def test_nobody_is_evicted_for_who_has_to_wait_for_the_resume(
+    serve: Any, connect: Any
+) -> None:
+    """On a port that cannot be gated, which accepts while paused."""
+    staying = Staying()
+    server = await serve(
+        staying.stream,
+        where=WhereToListen.of_endpoint(OtherEndpoint()),
+        overflow="evict",
+        max_connections=1,
+    )
+    connect(server)
+    await until(lambda: len(staying.started) == 1)
+    await server.pause("hold")
+    connect(server)
+    await until(lambda: server.describe()["held"])
+    assert server.describe()["counters"]["ends"] == {}
+    await server.resume()
+    await until(lambda: len(staying.started) == 2)
+    assert server.describe()["counters"]["ends"] == {"evicted": 1}
+
+
+@pytest.mark.parametrize("how", WAYS)
+@ensureDeferred
+async def test_who_was_accepted_and_waits_for_a_slot_is_served_while_paused(
+    serve: Any, connect: Any, how: Any
+) -> None:
+    """The newcomer that another one was evicted for has been accepted already."""
+    let_go: Deferred[None] = Deferred()
+    started: list[Any] = []
+
+    async def takes_its_time(address: Any, reader: Any, writer: Any) -> None:
+        started.append(address)
+        try:
+            await reader.drain_to_eof()
+            await Deferred()
+        except CancelledError:
+            await let_go
+
+    server = await serve(takes_its_time, overflow="evict", max_connections=1)
+    connect(server)
+    await until(lambda: len(started) == 1)
+    connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    await server.pause(how)
+    let_go.callback(None)
+    await until(lambda: len(started) == 2)
+    assert server.is_paused == how
+    server.invariant()
+
+
+@ensureDeferred
+async def test_who_was_accepted_in_a_pause_waits_behind_who_was_before(
+    serve: Any, connect: Any
+) -> None:
+    """On a port that cannot be gated, which accepts while paused; a further word of
+    pause changes nothing about it."""
+    staying = Staying()
+    server = await serve(
+        staying.stream,
+        where=WhereToListen.of_endpoint(OtherEndpoint()),
+        max_connections=1,
+    )
+    first = connect(server)
+    await until(lambda: len(staying.started) == 1)
+    connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    await server.pause("hold")
+    connect(server)
+    await until(lambda: server.describe()["held"] == 2)
+    await server.pause("hold")
+    server.max_connections = 3
+    await until(lambda: len(staying.started) == 2)
+    await settle()
+    assert server.describe()["held"] == 1
+    await server.resume()
+    await until(lambda: len(staying.started) == 3)
+    first.close()
