@@ -18,13 +18,16 @@ from __future__ import annotations
 from asyncio import IncompleteReadError, LimitOverrunError
 from collections.abc import AsyncIterator, Generator
 from types import coroutine
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
 from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
+
+if TYPE_CHECKING:
+    from tcpsvc.connection import Connection
 
 #: More than ever arrives.
 _ENDLESS = 1 << 62
@@ -289,9 +292,9 @@ class Reader:
         return len(self._data) - self._position
 
     @property
-    def connection(self) -> Any:
+    def connection(self) -> Connection[Any]:
         """The connection: its label, its number, see :class:`tcpsvc.IConnection`."""
-        return self._connection
+        return cast("Connection[Any]", self._connection)
 
     @property
     def transport(self) -> ITransport:

@@ -10,7 +10,7 @@ output, which says how many they are: the transport itself where it can say that
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import ITransport
@@ -20,6 +20,9 @@ from tcpsvc._waiters import Event
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.interfaces import IWriter
 from tcpsvc.reasons import Reason
+
+if TYPE_CHECKING:
+    from tcpsvc.connection import Connection
 
 
 class Output(Protocol):
@@ -304,9 +307,9 @@ class Writer:
         self._connection.abort()
 
     @property
-    def connection(self) -> Any:
+    def connection(self) -> Connection[Any]:
         """The connection: its label, its number, see :class:`tcpsvc.IConnection`."""
-        return self._connection
+        return cast("Connection[Any]", self._connection)
 
     @property
     def transport(self) -> ITransport:

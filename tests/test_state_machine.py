@@ -241,6 +241,7 @@ class InMemory(RuleBasedStateMachine):
         # What is to happen.
         self.ages = ages
         self.paused = False
+        self.came_before = 0
         self.at_once = at_once
         self.limit = limit
         self.dropping = drops
@@ -453,7 +454,7 @@ class InMemory(RuleBasedStateMachine):
         while (
             self.held
             and not self.closed
-            and not self.paused
+            and not (self.paused and self.held[0].name >= self.came_before)
             and len(self.live) < self.limit
         ):
             self.model_admit(self.held.pop(0))
@@ -821,7 +822,12 @@ class InMemory(RuleBasedStateMachine):
         self.model_places()
 
     def pause(self) -> None:
-        """Hold (Z2): a port of somebody's own accepts, and whom it accepts waits."""
+        """
+        Hold (Z2): a port of somebody's own accepts, and whom it accepts waits; who
+        was accepted before does not wait for the resume (Z1).
+        """
+        if not self.paused:
+            self.came_before = len(self.peers)
         self.paused = True
         assert Box(self.server.pause("hold")).state == "done"
 
