@@ -55,8 +55,8 @@ SOURCES = ["127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.1.2", "unix"]
 
 #: What a handler does. What does not end at once waits to be told, or for its client.
 BEHAVIOURS = [
-    *["waits", "waits", "echoes", "echoes", "echoes"],
-    *["swallows", "returns", "raises", "says", "unbuilt"],
+    *["waits", "waits", "swallows", "swallows", "swallows"],
+    *["echoes", "echoes", "echoes", "returns", "raises", "unbuilt"],
 ]
 
 #: The limits that a dry run is about, one by one, and all.
@@ -96,6 +96,17 @@ STREAM_CHANGES: dict[str, list[Any]] = {
     "eof_on_drain": [False, True],
     "flush_timeout": [8.0, 2.0],
     "buffer_age_limit": [None, 5.0],
+}
+
+#: What an example is about, besides all of that.
+THEMES: dict[str, dict[str, Any]] = {
+    "eviction": {"overflow": "evict", "max_connections": 2},
+    "rates": {"accept_rate": "2/s:1", "accept_rate_per_peer": "1/s:2"},
+    "peers": {"max_connections_per_peer": 2, "max_connections": 8},
+    "time": {"lifetime": 6.0, "idle_timeout": 4.0, "handler_timeout": 5.0},
+    "first time": {"first_byte_timeout": 2.0, "min_throughput": 10.0},
+    "trial": {"dry_run": True, "max_connections": 1, "overflow": "drop"},
+    "nothing": {},
 }
 
 TIMEOUTS = {
@@ -238,10 +249,11 @@ class Lifecycle(RuleBasedStateMachine):
         policy=st.sampled_from(["ignore", "ignore", "tell", "tell late", "raise"]),
         opens_for=st.sampled_from([0, 8, 16, 24, 40, 40]),
         limit=st.integers(1, 4),
-        others=st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=5),
+        themes=st.lists(st.sampled_from(sorted(THEMES)), min_size=1, max_size=2),
+        ending=st.sampled_from(["close", "drain", "force_drain"]),
     )
     def begin(
-        self, policy: str, opens_for: int, limit: int, others: list[tuple[int, int]]
+        self, policy: str, opens_for: int, limit: int, themes: list[str], ending: str
     ) -> None:
         """Create the server."""
         type(self).examples += 1
@@ -305,8 +317,9 @@ class Lifecycle(RuleBasedStateMachine):
         self.over = Box(self.server.close_finished_and_handlers_determined())
         self.failed = Box(self.server.failed())
         self.port = self.server.listeners[0].listening_on
-        for option, value in others:
-            self.change_one(option, value)
+        self.ending = ending
+        for theme in themes:
+            self.change(dict(THEMES[theme]))
 
     @property
     def changes(self) -> dict[str, list[Any]]:
@@ -349,7 +362,7 @@ class Lifecycle(RuleBasedStateMachine):
             caller.causes.add("raised")
             raise Boom
         self.say(caller, HELLO)
-        if behaviour in ("returns", "says", "unbuilt"):
+        if behaviour in ("returns", "unbuilt"):
             caller.causes.add("told")
             return
         if behaviour == "echoes" and self.kind == "stream":
@@ -678,15 +691,9 @@ class Lifecycle(RuleBasedStateMachine):
         is_drained = not self.drains or self.drained is not None
         if is_drained and not (live or held or factory._replies._connections):
             may_wait = options["accept_rate"] is not None and not self.closed
-            assert len(timers) <= may_wait + len(self.cancelling()), timers
+            assert len(timers) <= may_wait, timers
         assert set(the_reactor().getDelayedCalls()) <= self.calls
         return self.waiters_as_expected(live)
-
-    def cancelling(self) -> list[Any]:
-        """Timers of close(cancel_handlers=True)."""
-        return [
-            t for t in self.clock.getDelayedCalls() if "Cancellation" in str(t.func)
-        ]
 
     def rates_as_expected(self) -> None:
         """Nobody comes in faster than a rate allows."""
@@ -729,9 +736,9 @@ class Lifecycle(RuleBasedStateMachine):
                 if not_yet := self.refused_as_expected(caller):
                     return f"{caller}: {not_yet}"
             elif caller.accepted or caller.key in held:
-                if not is_live and caller.accepted and caller.listens:
-                    if not caller.end:
-                        return f"{caller} has not seen its end"
+                is_over = bool(caller.accepted) and not is_live
+                if is_over and caller.listens and not caller.end:
+                    return f"{caller} has not seen its end"
             elif not caller.is_lost:
                 if caller.held_since is not None or self.unlistened_at > caller.since:
                     assert caller.held_since is None, f"{caller} was forgotten"
@@ -806,9 +813,9 @@ class Lifecycle(RuleBasedStateMachine):
                 return "is not answered"
         if caller.is_cut and is_open:
             return "is not closed"
-        if "cancelled" in caller.causes and connection.is_running:
-            if self.kind != "protocol" and caller.behaviour != "swallows":
-                return "does not heed its cancellation"
+        heeds = self.kind != "protocol" and caller.behaviour != "swallows"
+        if "cancelled" in caller.causes and connection.is_running and heeds:
+            return "does not heed its cancellation"
         if caller.has_left and connection.is_running and self.echoes(caller):
             return "has not seen its client leave"
         return self.timeouts_as_expected(caller, connection, now)
@@ -831,9 +838,9 @@ class Lifecycle(RuleBasedStateMachine):
             age = connection.age
             if reason is not Reason.HANDLER_TIMEOUT and connection.is_socket_closed:
                 continue
-            if self.kind == "sock" and caller.source == "unix":
-                if reason in (Reason.IDLE, Reason.FIRST_BYTE):
-                    continue
+            is_known = self.kind != "sock" or caller.source != "unix"
+            if reason in (Reason.IDLE, Reason.FIRST_BYTE) and not is_known:
+                continue
             if reason is Reason.FIRST_BYTE and caller.sent:
                 continue
             if reason is Reason.IDLE:
@@ -1065,6 +1072,11 @@ class Lifecycle(RuleBasedStateMachine):
             pytest_twisted.blockon(turn())
             self.pump()
             self.server.invariant()
+            now = self.clock.seconds()
+            for connection in self.factory.connections:
+                caller = self.by_id[connection.id]
+                late = self.timeouts_as_expected(caller, connection, now)
+                assert not late, f"{caller}: {late}"
 
     def pause(self, how: Any) -> None:
         """Pause, in one way or the other, or resume."""
@@ -1201,6 +1213,16 @@ class Lifecycle(RuleBasedStateMachine):
     def ends_well(self) -> None:
         """Close, let everybody go, and count what is left."""
         self.opens_for = 0
+        if self.ending != "close":
+            if self.ending == "drain":
+                self.drain(announce=1, timeout=2, spread=2, grace=1)
+            else:
+                self.force_drain()
+            self.settles()
+            if self.drained is None:
+                self.time_passes(self.drain_ends - self.clock.seconds() + 0.1)
+            self.settles()
+            assert self.drained is not None or self.reports
         self.close(existing=True, cancel=True)
         for caller in self.callers:
             if caller.has_left in ("", "fin"):
@@ -1347,7 +1369,7 @@ class Line(Protocol):
             caller.causes.add("raised")
             raise Boom
         machine.say(caller, HELLO)
-        if caller.behaviour in ("returns", "says"):
+        if caller.behaviour == "returns":
             caller.causes.add("told")
             self.transport.loseConnection()  # type: ignore[union-attr]
 
