@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred, fail, succeed
 
+from tcpsvc.errors import ServerClosed
 from tcpsvc.slots import Slots
 
 Condition = Callable[[int], object]
@@ -18,24 +19,34 @@ class Conditions:
 
     def __init__(self) -> None:
         self._waiting: dict[Deferred[None], Condition] = {}
+        self._is_over = False
 
     def wait(self, condition: Condition, count: int) -> Deferred[None]:
         """
         :param count: the number now.
         :returns: a Deferred of one's own that fires when the condition holds, now or
-            later, and fails with what it raises. Cancelling it affects nobody else.
+            later, and fails with what it raises, and with ServerClosed when the
+            number cannot change any more. Cancelling it affects nobody else.
         """
         try:
             if condition(count):
                 return succeed(None)
         except Exception:
             return fail()
+        if self._is_over:
+            return fail(_never())
         waiter: Deferred[None] = Deferred(self._forget)
         self._waiting[waiter] = condition
         return waiter
 
     def _forget(self, waiter: Deferred[None]) -> None:
         self._waiting.pop(waiter, None)
+
+    def over(self) -> None:
+        """The number cannot change any more."""
+        self._is_over = True
+        while self._waiting:
+            self._waiting.popitem()[0].errback(_never())
 
     def look(self, slots: Slots) -> None:
         """The number has changed, or may have."""
@@ -56,3 +67,9 @@ class Conditions:
                 continue
             if holds and self._waiting.pop(waiter, None) is not None:
                 waiter.callback(None)
+
+
+def _never() -> ServerClosed:
+    return ServerClosed(
+        "the server is over: its number of connections cannot change any more"
+    )

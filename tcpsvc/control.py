@@ -52,7 +52,9 @@ class Control:
         :param condition: called with it, now and at each change: an accept, a release,
             and an ``uncount()``.
         :returns: a Deferred of one's own that fires when it has returned something
-            true, in the middle of the change, and fails with what it raises.
+            true, in the middle of the change. It fails with what that raises, and with
+            :exc:`ServerClosed <tcpsvc.ServerClosed>` when the server has ended without
+            it.
             Cancelling it ends the waiting only.
         """
         return self._factory.when_connections(condition)

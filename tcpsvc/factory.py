@@ -232,7 +232,8 @@ class ServerFactory(Entrance):
         """
         :param condition: called with the number of taken slots, now and at each change.
         :returns: a Deferred of one's own that fires when it has returned something
-            true, and fails with what it raises.
+            true. It fails with what that raises, and with ServerClosed when the server
+            has ended without it.
         """
         return self._conditions.wait(condition, self.num_connections)
 
@@ -333,6 +334,7 @@ class ServerFactory(Entrance):
     def _maybe_over(self) -> None:
         if self.is_closed and not self._live and not self._failures.is_reporting:
             self._when_over.happen()
+            self._conditions.over()
             if not self._has_server:
                 self.nothing_can_fail()
 

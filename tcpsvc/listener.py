@@ -51,7 +51,8 @@ class Listener(Generic[AddressT, ListeningOnT]):
         if self._gate is None:
             self._log.warn(
                 "accepting on {port} cannot be gated: clients beyond "
-                "max_connections={limit} are held accepted, not in the backlog",
+                "max_connections={limit} are held accepted, not in the backlog, and "
+                "each takes a descriptor; overflow='reset' sends them away",
                 port=port,
                 limit=factory.max_connections,
             )

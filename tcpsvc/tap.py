@@ -50,6 +50,13 @@ def _number(kind: type, name: str, least: float) -> Callable[[str], Any]:
     return coerce
 
 
+def _drain_timeout(text: str) -> float | None:
+    if text == "none":
+        return None
+    found: float = _number(float, "drain-timeout", 0)(text)
+    return found
+
+
 def _age_limit(text: str) -> float | None:
     if text == "none":
         return None
@@ -132,8 +139,8 @@ class Options(usage.Options):
             "drain-timeout",
             None,
             DRAIN_TIMEOUT,
-            "Seconds that a stop waits for handlers before it closes what is left.",
-            _number(float, "drain-timeout", 0),
+            "Seconds that a stop waits before it closes what is left, or 'none'.",
+            _drain_timeout,
         ],
         [
             "drain-announce",
@@ -225,7 +232,7 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
-            refuse(error)
+            refuse(str(error).removeprefix("Parameter type enforcement failed: "))
 
     def postOptions(self) -> None:
         """Look at everything that can be looked at without opening anything."""

@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
-from tcpsvc import Observer, Rate, Reply, Server, ServerFactory
+from tcpsvc import Observer, Rate, Reply, Server, ServerClosed, ServerFactory
 from tcpsvc.networks import Networks
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.settings import Settings
@@ -102,6 +102,29 @@ def test_what_the_condition_raises_is_the_waiters_own() -> None:
     assert isinstance(outcome(server.factory.when_connections(raises))[0], LookupError)
     client.send_eof()
     assert server.factory.num_connections == 0
+
+
+@ensureDeferred
+async def test_who_waits_is_told_that_the_number_will_never_come(
+    serve: Any, connect: Any
+) -> None:
+    """And who asks afterwards; one that holds is answered at any time."""
+    server = await serve(Handlers().stream)
+    connect(server)
+    await server.when_connections(lambda n: n == 1)
+    none, many = (
+        outcome(server.when_connections(condition))
+        for condition in (lambda n: n == 0, lambda n: n > 1)
+    )
+    server.close(close_existing_connections=True)
+    server.cancel_handlers()
+    await server.close_finished_and_handlers_determined()
+    assert none == [None]
+    assert isinstance(many[0], ServerClosed)
+    assert outcome(server.when_connections(lambda n: n == 0)) == [None]
+    assert isinstance(
+        outcome(server.when_connections(lambda n: n > 0))[0], ServerClosed
+    )
 
 
 def test_a_condition_may_cancel_its_own_waiter() -> None:
@@ -193,7 +216,7 @@ def test_held_ones_are_not_served_after_a_close_in_the_callback() -> None:
     assert held.is_closed
     assert len(handlers.started) == 1
     assert server.factory.when_over().called
-    waiting.addErrback(lambda f: f.trap(CancelledError))
+    waiting.addErrback(lambda f: f.trap(CancelledError, ServerClosed))
     waiting.cancel()
 
 
