@@ -110,11 +110,18 @@ def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
         return None, None
     acknowledged, received = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_ACKED)
     state = info[0]
-    # A FIN counts for a byte.
     return (
-        received - (state in _TCP_STATES_AFTER_FIN),
+        _without_fin(received, state),
         acknowledged - (state in _TCP_STATES_AFTER_OWN_FIN_ACK),
     )
+
+
+def _without_fin(received: int, state: int) -> int:
+    """
+    A FIN counts for a byte. Whether one has come before a reset nobody knows, but that
+    there are none to take it from.
+    """
+    return received - (state in _TCP_STATES_AFTER_FIN) if received else 0
 
 
 def taken(connected: socket.socket | None) -> tuple[int | None, int | None]:
@@ -129,7 +136,7 @@ def taken(connected: socket.socket | None) -> tuple[int | None, int | None]:
     acknowledged, received = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_ACKED)
     state = info[0]
     return (
-        received - (state in _TCP_STATES_AFTER_FIN),
+        _without_fin(received, state),
         acknowledged + waiting - (state in _TCP_STATES_AFTER_OWN_FIN),
     )
 

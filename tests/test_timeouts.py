@@ -657,3 +657,19 @@ async def test_a_protocol_that_produces_is_not_idle_while_its_client_reads(
         clock.advance(1)
     assert server.num_connections == 0
     assert server._factory.counters.ends == {"idle": 1}
+
+
+@pytest.mark.parametrize("shuts", [False, True])
+@ensureDeferred
+async def test_a_reset_is_no_byte(scene: Any, shuts: bool) -> None:
+    """T, C: nor is there one less than none, as of a FIN that was no byte."""
+    s = await scene("sock", "tcp", first_byte_timeout=2)
+    if shuts:
+        s.client.shut()
+    s.client.reset()
+    await turn(0.01)
+    assert s.connection.bytes_in == 0
+    assert s.connection.moved == 0
+    assert not s.connection.has_received
+    assert s.passes(3, step=0.1) < 2.6
+    assert s.connection.reason is Reason.FIRST_BYTE
