@@ -95,8 +95,9 @@ def name_of(key: bytes) -> str:
     return str(IPv6Network((key.ljust(16, b"\0"), len(key) * 8)))
 
 
-def check_prefixes(value: object) -> None:
+def check_prefixes(name: str, value: object) -> None:
     """
+    :param name: what the value is called.
     :param value: should be how many bits of an IPv4 and of an IPv6 address are a
         prefix.
     :raises ValueError: they are out of range.
@@ -107,10 +108,10 @@ def check_prefixes(value: object) -> None:
         or len(value) != 2
         or any(isinstance(bits, bool) or not isinstance(bits, int) for bits in value)
     ):
-        raise TypeError(f"prefixes={value!r} is not a tuple of two ints, as (32, 64)")
+        raise TypeError(f"{name}={value!r} is not a tuple of two ints, as (32, 64)")
     for bits, most, version in zip(value, (32, 128), (4, 6), strict=True):
         if not 0 <= bits <= most:
             raise ValueError(
-                f"prefixes={value}: {bits} bits of an IPv{version} address are not"
+                f"{name}={value}: {bits} bits of an IPv{version} address are not"
                 f" from 0 to {most}"
             )

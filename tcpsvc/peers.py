@@ -123,7 +123,7 @@ class Peers:
         if rate is not _KEPT and rate is not None and not isinstance(rate, Rate):
             raise TypeError(f"rate={rate!r} is not a Rate; Rate.parse makes one of it")
         if prefixes is not _KEPT:
-            check_prefixes(prefixes)
+            check_prefixes("prefixes", prefixes)
             self._prefixes = prefixes
             self._whole_4 = whole_bytes(4, prefixes[0])
             self._whole_6 = whole_bytes(6, prefixes[1])

@@ -11,11 +11,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tcpsvc.addresses import check_prefixes
 from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
 from tcpsvc.options import AcceptErrorCallable
 from tcpsvc.overflow import Overflow, Refusal, Reply, check_overflow, check_refusal
+from tcpsvc.peers import PREFIXES
 from tcpsvc.rate import Rate
 from tcpsvc.reasons import LIMITS
 
@@ -87,22 +89,6 @@ def positive(name: str, value: object, unit: str) -> float:
 def seconds(name: str, value: object) -> float:
     """As :func:`positive`, of seconds."""
     return positive(name, value, "seconds")
-
-
-def check_prefixes(value: object) -> None:
-    """
-    :raises ValueError: it is no pair of prefix lengths for IPv4 and IPv6.
-    """
-    if not (
-        isinstance(value, tuple)
-        and [type(length) for length in value] == [int, int]
-        and 1 <= value[0] <= 32
-        and 1 <= value[1] <= 128
-    ):
-        raise ValueError(
-            f"peer_prefixes={value!r} is not a pair of prefix lengths, of IPv4 (1 to "
-            "32) and IPv6 (1 to 128)"
-        )
 
 
 def rate(name: str, value: object) -> Rate | None:
@@ -179,7 +165,7 @@ class Settings:
     refusal: Refusal = "reset"
     max_connections_per_peer: int | None = None
     accept_rate_per_peer: Rate | None = None
-    peer_prefixes: tuple[int, int] = (32, 64)
+    peer_prefixes: tuple[int, int] = PREFIXES
     accept_rate: Rate | None = None
     allow: Networks | None = None
     deny: Networks = NO_NETWORKS
@@ -227,7 +213,7 @@ class Settings:
             at_least_one("max_connections_per_peer", self.max_connections_per_peer)
         check_overflow(self.overflow)
         check_refusal(self.refusal)
-        check_prefixes(self.peer_prefixes)
+        check_prefixes("peer_prefixes", self.peer_prefixes)
         if self.on_exhaustion not in EXHAUSTION_POLICIES:
             raise ValueError(
                 f"on_exhaustion={self.on_exhaustion!r} is not one of "

@@ -13,9 +13,10 @@ from typing import Any
 
 from twisted.python import usage
 
+from tcpsvc.addresses import check_prefixes
 from tcpsvc.overflow import OVERFLOWS, REFUSALS, Reply
 from tcpsvc.reasons import LIMITS
-from tcpsvc.settings import at_least_one, check_prefixes, limits, rate, seconds
+from tcpsvc.settings import at_least_one, limits, rate, seconds
 
 #: Seconds; the library has no limits for these.
 FIRST_BYTE_TIMEOUT = 60.0
@@ -56,7 +57,7 @@ def _bytes_a_second(name: str, text: str) -> float:
 def _prefixes(name: str, text: str) -> tuple[int, int]:
     try:
         first, second = (int(part) for part in text.split(","))
-        check_prefixes((first, second))
+        check_prefixes("peer_prefixes", (first, second))
     except ValueError:
         raise ValueError(
             "not two prefix lengths, of IPv4 and IPv6, such as 32,64"

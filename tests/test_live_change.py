@@ -531,7 +531,7 @@ def test_options_of_streams_are_of_no_other_kind(kind: str, option: str) -> None
         {"dry_run": ["keepalive"]},
         {"min_throughput": -1},
         {"throughput_window": None},
-        {"peer_prefixes": (0, 0)},
+        {"peer_prefixes": (0, 129)},
     ],
 )
 @ensureDeferred
