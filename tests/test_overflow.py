@@ -1151,8 +1151,14 @@ async def test_who_does_not_take_its_last_word_is_no_line_each(
 ) -> None:
     """It is refused, which has a line of its own, once in a minute."""
     clock = Clock()
+    # The reactor's own transports read what comes before the reply, and then there is
+    # nothing that the client could be waited for.
     server = await serve(
-        Staying().stream, clock=clock, overflow=Reply(b"busy"), max_connections=1
+        Staying().stream,
+        clock=clock,
+        engine="auto",
+        overflow=Reply(b"busy"),
+        max_connections=1,
     )
     connect(server)
     await until(lambda: server.num_connections == 1)
@@ -1161,9 +1167,7 @@ async def test_who_does_not_take_its_last_word_is_no_line_each(
     for client in clients:
         client.send(b"I go on")
     await until(lambda: len(replies) == 5)
-    await until(
-        lambda: all(c._discarded or c.reader.bytes_read for c in replies.values())
-    )
+    await until(lambda: all(c._discarded for c in replies.values()))
     clock.pump([1] * 8)
     await until(lambda: not replies)
     assert loud(logs) == []
