@@ -284,6 +284,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.factories: list[Any] = []
         self.version = 0
         self.uncounted: set[int] = set()
+        self.is_lowered = False
         self.changed_at = 0.0
         self.token_at = 0.0
         self.rate_since = (0.0, 0)
@@ -465,6 +466,8 @@ class Lifecycle(RuleBasedStateMachine):
         )
         assert reason is Reason.UNSERVED or not caller.accepted
         caller.refusals.append((reason, how))
+        if reason is Reason.UNSERVED:  # Who got no protocol has taken a token, too.
+            self.token_at = self.clock.seconds()
 
     def see_refused_in_dry_run(self, address: Any, reason: Reason) -> None:
         """What is only tried out."""
@@ -633,7 +636,8 @@ class Lifecycle(RuleBasedStateMachine):
         if connection.id not in factory._too_early:
             assert self.options["overflow"] == "evict", "is held in vain"
             waiting, evicted = factory._waiting_for_slots, factory._eviction.under_way
-            assert waiting <= evicted, "nobody was evicted for it"
+            # Who is evicted beyond a lowered limit makes no room.
+            assert waiting <= evicted or self.is_lowered, "nobody was evicted for it"
 
     def count_peers(self) -> dict[Any, int]:
         """How many each peer has, by the server's account of who is there."""
@@ -1037,6 +1041,8 @@ class Lifecycle(RuleBasedStateMachine):
     def change(self, changed: dict[str, Any]) -> None:
         """Other options."""
         now = self.clock.seconds()
+        lower = changed.get("max_connections", self.options["max_connections"])
+        self.is_lowered |= lower < self.server.num_connections
         self.options |= changed
         self.ever |= {name for name, value in changed.items() if value is not None}
         if self.options["overflow"] == "evict":
@@ -1187,18 +1193,21 @@ class Lifecycle(RuleBasedStateMachine):
         """All leave: nothing is left."""
         if not hasattr(self, "server"):
             return
+        is_well = False
         try:
             if sys.exc_info()[0] is None:
                 self.ends_well()
+                is_well = True
         finally:
             self._log_context.__exit__(None, None, None)
-            self.gives_up()
+            for caller in self.callers:
+                caller.socket.close()
+            if not is_well:
+                self.gives_up()
 
     def gives_up(self) -> None:
         """Whatever has failed: other examples are not to suffer."""
-        for caller in self.callers:
-            caller.socket.close()
-        if self.over.state == "done":
+        if not hasattr(self, "server"):
             return
         self.server.close(close_existing_connections=True, cancel_handlers=True)
         for _ in range(20):
