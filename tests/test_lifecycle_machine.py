@@ -21,6 +21,7 @@ import os
 import socket
 import struct
 import sys
+import zlib
 from typing import Any
 
 import pytest
@@ -108,7 +109,12 @@ THEMES: dict[str, dict[str, Any]] = {
     "handlers": {"handler_timeout": 3.0, "idle_timeout": 1.0},
     "first time": {"first_byte_timeout": 2.0, "min_throughput": 10.0},
     "trial": {"dry_run": True, "max_connections": 1, "overflow": "drop"},
-    "nothing": {},
+    "a drop": {"overflow": "drop", "max_connections": 1},
+    "a reply": {
+        "overflow": Reply(b"full"),
+        "refusal": Reply(b"go"),
+        "deny": ["127.0.0.3"],
+    },
 }
 
 TIMEOUTS = {
@@ -241,6 +247,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     kind = "stream"
     engine = "auto"
+    theme = "eviction"
     directory = ""
     examples = 0
     steps_run = 0
@@ -249,13 +256,13 @@ class Lifecycle(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from(["ignore", "ignore", "tell", "tell late", "raise"]),
-        opens_for=st.sampled_from([0, 10, 20, 30, 40, 99]),
+        opens_for=st.sampled_from([99, 40, 30, 30, 20, 10, 0]),
         limit=st.integers(1, 4),
-        themes=st.lists(st.sampled_from(sorted(THEMES)), min_size=1, max_size=2),
+        other=st.sampled_from(sorted(THEMES)),
         ending=st.sampled_from(["close", "drain", "force_drain"]),
     )
     def begin(
-        self, policy: str, opens_for: int, limit: int, themes: list[str], ending: str
+        self, policy: str, opens_for: int, limit: int, other: str, ending: str
     ) -> None:
         """Create the server."""
         type(self).examples += 1
@@ -321,7 +328,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.failed = Box(self.server.failed())
         self.port = self.server.listeners[0].listening_on
         self.ending = ending
-        for theme in themes:
+        for theme in (other, self.theme):
             self.change(dict(THEMES[theme]))
 
     @property
@@ -1290,13 +1297,13 @@ def pick(names: list[Any], number: int) -> Any:
 #: What may happen, how often, and what becomes of the two numbers that come with it.
 MOVES: dict[str, tuple[int, Any]] = {
     "connect": (
-        10,
+        14,
         lambda m, a, b: m.connect(pick(SOURCES, a), pick(BEHAVIOURS, b)),
     ),
-    "connect_many": (4, lambda m, a, b: m.connect_many(2 + a % 5, b)),
+    "connect_many": (6, lambda m, a, b: m.connect_many(2 + a % 5, b)),
     "client_sends": (5, lambda m, a, b: m.client_sends(a, b % 3 == 0)),
     "client_leaves": (
-        5,
+        3,
         lambda m, a, b: m.client_leaves(a, pick(["fin", "closed", "reset"], b)),
     ),
     "client_stalls": (1, lambda m, a, b: m.client_stalls(a)),
@@ -1409,11 +1416,12 @@ class Lines(Factory):
         return Line(self.machine, self.version, addr)
 
 
+@pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("engine", ["auto", "reactor"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest_twisted.ensureDeferred
 async def test_whatever_happens_it_ends_well(
-    kind: str, engine: str, logs: Logs, tmp_path: Any
+    kind: str, engine: str, theme: str, logs: Logs, tmp_path: Any
 ) -> None:
     """
     I1, and of accepting, limits, timeouts, events, pauses, drains, closes: any order.
@@ -1424,6 +1432,7 @@ async def test_whatever_happens_it_ends_well(
         {
             "kind": kind,
             "engine": engine,
+            "theme": theme,
             "directory": str(tmp_path),
             "kept": [],
             "test_logs": logs,
@@ -1434,8 +1443,9 @@ async def test_whatever_happens_it_ends_well(
         subclasses(tcp.Connection),
         subclasses(unix.Server),
     )
+    seed = zlib.crc32(f"{kind} {engine} {theme}".encode())
     try:
-        await with_the_reactor(run, machine, 60, 8)
+        await with_the_reactor(run, machine, 8, 8, seed)
     finally:
         logs.events.clear()  # Each example has looked at its own.
         forget_log()
