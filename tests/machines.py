@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from greenlet import greenlet
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from twisted.internet.defer import Deferred
 from twisted.logger import globalLogBeginner, globalLogPublisher
@@ -25,8 +25,14 @@ from tests.support import Logs, the_reactor
 DEEP = int(os.environ.get("TCPSVC_DEEP", "0"))
 
 
-def run(machine: Any, examples: int, steps: int) -> None:
-    """Run a machine; the same examples every time, unless ``TCPSVC_DEEP``."""
+def run(machine: Any, examples: int, steps: int, chosen: int | None = None) -> None:
+    """
+    Run a machine; the same examples every time, unless ``TCPSVC_DEEP``.
+
+    :param chosen: which examples: without it, those that all such machines have.
+    """
+    if chosen is not None and not DEEP:
+        seed(chosen)(machine)
     gc.collect()
     gc.freeze()  # Else each of the machine's collections would look at it all.
     try:
@@ -35,7 +41,7 @@ def run(machine: Any, examples: int, steps: int) -> None:
             settings=settings(
                 max_examples=examples * (DEEP or 1),
                 stateful_step_count=steps,
-                derandomize=not DEEP,
+                derandomize=not DEEP and chosen is None,
                 phases=[Phase.generate, Phase.shrink],
                 database=None,
                 deadline=None,
