@@ -40,7 +40,7 @@ from twisted.internet.task import Clock
 from tcpsvc import LOCALHOST, Observer, Reason, Reply, Server, WhereToListen
 from tcpsvc.connection import Connection
 from tcpsvc.driver import Driver
-from tcpsvc.errors import ServerClosed
+from tcpsvc.errors import BufferAgeLimitExceeded, ServerClosed
 from tcpsvc.rate import Rate
 from tcpsvc.reader import Reader
 from tcpsvc.reasons import LIMITS
@@ -404,7 +404,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def report(self, address: Any, failure: Any) -> Any:
         """The policy, where it is a callable."""
-        if not failure.check(Boom):
+        if not failure.check(Boom, BufferAgeLimitExceeded):
             self.wrong.append(f"reported: {failure}")
         if self.policy == "tell late":
             self.reports.append(Deferred())
@@ -497,7 +497,7 @@ class Lifecycle(RuleBasedStateMachine):
         assert caller.started
         assert (outcome == "failed") == (failure is not None and outcome != "left")
         if outcome == "failed":
-            assert failure.check(Boom), failure
+            assert failure.check(Boom, BufferAgeLimitExceeded), failure
 
     def see_connection_finished(self, connection: Any) -> None:
         """A connection is over: somebody must have caused that."""
@@ -890,7 +890,8 @@ class Lifecycle(RuleBasedStateMachine):
                 return "failed() has not fired"
         else:
             assert self.failed.state == "pending"
-            assert not self.logs.bad(), self.logs.bad()
+            later = self.factory.counters.later_errors
+            assert len(self.logs.bad()) == later, self.logs.bad()
         for waits in self.drains:
             assert waits.state == ("pending" if self.drained is None else "done")
             assert self.drained is None or waits.value is self.drained
@@ -1051,6 +1052,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     def change(self, changed: dict[str, Any]) -> None:
         """Other options."""
+        if self.policy == "raise":  # It is an error that closes the server.
+            changed.pop("buffer_age_limit", None)
         now = self.clock.seconds()
         lower = changed.get("max_connections", self.options["max_connections"])
         self.is_lowered |= lower < self.server.num_connections
