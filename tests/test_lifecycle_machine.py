@@ -430,7 +430,11 @@ class Lifecycle(RuleBasedStateMachine):
         if caller.held_since is None:
             caller.handler_version = self.version
         assert not caller.refusals
-        assert self.server.is_paused is None, "is paused"
+        # Who was accepted before the pause, and waits for a slot, is served in it.
+        assert (
+            self.server.is_paused is None
+            or connection.id <= self.factory._last_before_pause
+        ), "is paused"
         assert not self.server.is_closed, "is closed"
         assert not self.dropping
         limit = self.options["max_connections"]
