@@ -702,7 +702,7 @@ class Lifecycle(RuleBasedStateMachine):
         held = factory._held
         if self.closed:
             assert not held and not factory._replies._connections
-        if held and not self.closed and not self.paused:
+        if held and not self.closed:
             assert factory._is_full or held[0].id in factory._too_early
         timers = self.clock.getDelayedCalls()
         is_drained = not self.drains or self.drained is not None
