@@ -283,12 +283,16 @@ class Connection(Generic[AddressT]):
         self.ends_because(Reason.UNSERVED)
         self._factory.events.connection_refused(self.peer, Reason.UNSERVED)
 
-    def close(self, reason: Reason = Reason.CLOSED) -> None:
+    def close(self) -> None:
         """
         Close it at once and orderly, as ``close(close_existing_connections=True)``
         of the server does (spec X3): what the kernel took is delivered, what only
         this process holds is discarded, and the handler reads EOF.
         """
+        self.close_because(Reason.CLOSED)
+
+    def close_because(self, reason: Reason) -> None:
+        """The same, for a reason of the server's."""
         if not self.is_socket_closed:
             self.ends_because(reason)
             self._is_closed_with_the_server = True
@@ -306,7 +310,7 @@ class Connection(Generic[AddressT]):
         self.ends_because(reason)  # Also of one whose socket is closed already.
         if self._handler_state == "waiting":
             self._handler_state = "refused"  # It has none that could be cancelled.
-        self.close(reason)
+        self.close_because(reason)
         self.cancel_handler()
         self._release_if_over()
 

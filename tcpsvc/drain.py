@@ -260,7 +260,7 @@ class Drain:
     def _close_one(self, connection: Connection[Any]) -> None:
         if not connection.is_socket_closed:
             self._tally.note(connection, "closed")
-            connection.close(Reason.DRAINED)
+            connection.close_because(Reason.DRAINED)
 
     def _cancel(self) -> None:
         self._phase = Phase.CANCELLING
