@@ -15,10 +15,14 @@ Condition = Callable[[int], object]
 
 
 class Conditions:
-    """Conditions that somebody waits for."""
+    """
+    Conditions that somebody waits for.
+
+    :ivar waiting: whoever does. While nobody does, there is no need to :meth:`look`.
+    """
 
     def __init__(self) -> None:
-        self._waiting: dict[Deferred[None], Condition] = {}
+        self.waiting: dict[Deferred[None], Condition] = {}
         self._is_over = False
 
     def wait(self, condition: Condition, count: int) -> Deferred[None]:
@@ -36,36 +40,32 @@ class Conditions:
         if self._is_over:
             return fail(_never())
         waiter: Deferred[None] = Deferred(self._forget)
-        self._waiting[waiter] = condition
+        self.waiting[waiter] = condition
         return waiter
 
     def _forget(self, waiter: Deferred[None]) -> None:
-        self._waiting.pop(waiter, None)
+        self.waiting.pop(waiter, None)
 
     def over(self) -> None:
         """The number cannot change any more."""
         self._is_over = True
-        while self._waiting:
-            self._waiting.popitem()[0].errback(_never())
+        while self.waiting:
+            self.waiting.popitem()[0].errback(_never())
 
     def look(self, slots: Slots) -> None:
         """The number has changed, or may have."""
-        if self._waiting:
-            self._tell(slots)
-
-    def _tell(self, slots: Slots) -> None:
-        for waiter, condition in list(self._waiting.items()):
+        for waiter, condition in list(self.waiting.items()):
             # Whoever is asked or told may cancel any, or change the number: it is
             # looked at each time, and so is who still waits.
-            if waiter not in self._waiting:
+            if waiter not in self.waiting:
                 continue
             try:
                 holds = condition(slots.taken)
             except Exception:
-                if self._waiting.pop(waiter, None) is not None:
+                if self.waiting.pop(waiter, None) is not None:
                     waiter.errback()
                 continue
-            if holds and self._waiting.pop(waiter, None) is not None:
+            if holds and self.waiting.pop(waiter, None) is not None:
                 waiter.callback(None)
 
 

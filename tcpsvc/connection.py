@@ -60,6 +60,12 @@ class Owner(Protocol):
     events: Any
     clock: Any
     reactor: Any
+    #: Whether anybody is told of what happens but the counters.
+    is_observed: bool
+    #: Whether there is a listening address, and only one.
+    has_one_address: bool
+    #: Whether its own address may be another than the listener's.
+    is_listening_anywhere: bool
 
     @property
     def is_closed(self) -> bool:
@@ -68,14 +74,6 @@ class Owner(Protocol):
     @property
     def is_draining(self) -> bool:
         """Whether handlers were told that the server drains."""
-
-    @property
-    def has_one_address(self) -> bool:
-        """Whether there is a listening address, and only one."""
-
-    @property
-    def is_listening_anywhere(self) -> bool:
-        """Whether its own address may be another than the listener's."""
 
     def listening_on(self) -> Any:
         """The listening address."""
@@ -104,16 +102,9 @@ class Owner(Protocol):
     def holds_slot(self, connection: Any) -> bool:
         """Whether it does."""
 
-    def over(self, connection: Any) -> None:
-        """It is over, and is about to let go of what it has."""
-
     @property
     def looks(self) -> bool:
         """Whether all that are live are looked at about once a second."""
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether anybody is told of the end, and of what it has moved."""
 
     def may_say(self, of: Reason | str) -> bool:
         """Whether the log had no line of that for a while."""
@@ -130,6 +121,7 @@ class Connection(Generic[AddressT]):
     :ivar id: a number of its own within the factory, from 1 on.
     :ivar peer: the client's address.
     :ivar is_accepted: whether observers were told of it.
+    :ivar had_eof_of_drain: whether its reader is at EOF because the server drains.
     :ivar is_ended: whether a limit has ended it. Its handler may still run.
     :ivar label: what the handler calls it.
     :ivar reason: why it ends; ``None`` until something has.
@@ -146,6 +138,7 @@ class Connection(Generic[AddressT]):
         "_factory",
         "_handler_cancelled",
         "_handler_state",
+        "_has_eof",
         "_has_received",
         "_is_delivering",
         "_is_released",
@@ -155,6 +148,7 @@ class Connection(Generic[AddressT]):
         "_running",
         "_socket_closed",
         "_when_draining",
+        "had_eof_of_drain",
         "id",
         "is_accepted",
         "is_socket_closed",
@@ -172,9 +166,12 @@ class Connection(Generic[AddressT]):
         self._active_at = now
         self._moved = 0
         self._has_received = False
+        #: Whether the client has ended its side.
+        self._has_eof = False
         self._at_end: tuple[float, Bytes] | None = None
         self.is_accepted = False
         self.is_ended = False
+        self.had_eof_of_drain = False
         self.label: object = None
         self.reason: Reason | None = None
         self._handler_state = "waiting"
@@ -211,16 +208,6 @@ class Connection(Generic[AddressT]):
         """Bytes in and out, ``None`` where nobody knows."""
         raise NotImplementedError  # pragma: no cover
 
-    @property
-    def _has_eof(self) -> bool:
-        """Whether the client has ended its side."""
-        return False
-
-    @property
-    def had_eof_of_drain(self) -> bool:
-        """Whether its reader is at EOF because the server drains."""
-        return False
-
     # Transitions.
 
     def admitted(self) -> None:
@@ -247,7 +234,8 @@ class Connection(Generic[AddressT]):
     def starts(self) -> None:
         """The handler runs from now on."""
         self._handler_state = "running"
-        self._factory.events.handler_started(self)
+        if self._factory.is_observed:  # The counters count no starts.
+            self._factory.events.handler_started(self)
 
     def _handler_returned(self, _: object) -> None:
         self.handler_ended(None)
@@ -370,7 +358,8 @@ class Connection(Generic[AddressT]):
         self._running = None
         outcome = "finished"
         if failure is None:
-            self.ends_because(self._why_it_returned())
+            if self.reason is None:
+                self.reason = self._why_it_returned()
         elif failure.check(*STOPPING):
             outcome = "failed"
             self.ends_because(Reason.ERROR)
@@ -389,9 +378,10 @@ class Connection(Generic[AddressT]):
             self.fail(failure)
         self._handler_state = outcome
         self._factory.events.handler_ended(self, outcome, failure)
-        if not self.is_socket_closed:
+        if self.is_socket_closed:
+            self._release_if_over()
+        else:
             self._finish()
-        self._release_if_over()
 
     def _why_it_returned(self) -> Reason:
         if self._handler_cancelled:
@@ -464,12 +454,13 @@ class Connection(Generic[AddressT]):
             and self._handler_state not in ("waiting", "running")
         ):
             self._is_released = True
-            if self._factory.is_observed:
+            factory = self._factory
+            if factory.is_observed:
                 self._note_bytes()
-            self._factory.over(self)
+            if self.is_accepted:
+                factory.events.connection_finished(self)
             self._let_go()
-            error = None if self._error_reported else self._error
-            self._factory.release(self, error)
+            factory.release(self, None if self._error_reported else self._error)
 
     def _let_go(self) -> None:
         """

@@ -75,6 +75,8 @@ class Entrance(protocol.ServerFactory):
         #: Who is told what happens.
         self.events: Any = self.counters
         self._observers: list[Any] = []
+        #: Whether anybody is told but the counters.
+        self.is_observed = False
         if observer is not None:
             self.add_observer(observer)
         self.is_dropping = settings.drop_incoming_connections
@@ -129,7 +131,7 @@ class Entrance(protocol.ServerFactory):
         """
         check_observer(observer)
         self._observers.append(observer)
-        self.events = Broadcast([self.counters, *self._observers])
+        self._observers_changed()
 
     def remove_observer(self, observer: Any) -> None:
         """
@@ -140,16 +142,15 @@ class Entrance(protocol.ServerFactory):
         if observer not in self._observers:
             raise ValueError(f"observer={observer!r} was not added")
         self._observers.remove(observer)
+        self._observers_changed()
+
+    def _observers_changed(self) -> None:
+        self.is_observed = bool(self._observers)
         self.events = (
             Broadcast([self.counters, *self._observers])
-            if self._observers
+            if self.is_observed
             else self.counters
         )
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether anybody is told but the counters."""
-        return bool(self._observers)
 
     def _maybe_over(self) -> None:
         """A connection is over, or nobody is let in any more."""
@@ -326,7 +327,8 @@ class Entrance(protocol.ServerFactory):
             if refusal is not None:
                 return self._sent_away(addr, *refusal)
         self._is_judged = False
-        connection: Any = self._kind(self, self._next_id(), addr, self.handler)
+        self._last_id += 1
+        connection: Any = self._kind(self, self._last_id, addr, self.handler)
         if self._has_to_wait(connection):
             connection.hold()
             self._held_unconnected[connection.id] = connection
@@ -362,7 +364,12 @@ class Entrance(protocol.ServerFactory):
         if self._admission.counts_peers:
             now = self.clock.seconds()
             self._admission.enter(connection, host_of(connection.peer), now)
-        return is_early or bool(self._held) or self._is_full or self.is_paused
+        return (
+            is_early
+            or bool(self._held)
+            or (self.slots.is_full and self._is_full)
+            or self.is_paused
+        )
 
     def _take_token(self, connection: Connection[Any]) -> None:
         if self.settings.accept_rate is None:
@@ -411,9 +418,8 @@ class Entrance(protocol.ServerFactory):
         self._start_soon(connection)
 
     def _start_soon(self, connection: Any) -> None:
-        """Start a connection, unless an observer has closed the server."""
         if self.is_closed:
-            connection.refuse()
+            connection.refuse()  # An observer has closed the server.
         else:
             self._starts.add(connection)
 
@@ -424,14 +430,13 @@ class Entrance(protocol.ServerFactory):
 
     def connected(self, connection: Any) -> None:
         """A connection's transport is there."""
-        held = self._held_unconnected.pop(connection.id, None) is not None
-        if held and self.is_closed:
+        if self._held_unconnected.pop(connection.id, None) is None:
+            self._start_soon(connection)
+        elif self.is_closed:
             self._dismiss(connection, Reason.UNSERVED)
-        elif held:
+        else:
             self._held.append(connection)
             self._place_found()
-        else:
-            self._start_soon(connection)
 
     def forget_unconnected(self) -> None:
         """
@@ -456,12 +461,15 @@ class Entrance(protocol.ServerFactory):
 
     def _admit(self, connection: Connection[Any]) -> None:
         """Take a slot."""
+        slots = self.slots
         may_exceed = "max_connections" in self.settings.dry_run
-        self.slots.take(connection, may_exceed=may_exceed)
-        self._sweeper.began()
-        if self.slots.is_full:
+        slots.take(connection, may_exceed=may_exceed)
+        if self._sweeper.sweeps_all:
+            self._sweeper.began()
+        if slots.is_full:
             self._refusal_log.reached_limit()
-        self._conditions.look(self.slots)
+        if self._conditions.waiting:
+            self._conditions.look(slots)
 
     def _accepted(self, connection: Connection[Any]) -> None:
         connection.is_accepted = True
@@ -487,25 +495,24 @@ class Entrance(protocol.ServerFactory):
         """It holds no slot any more: the next client may come in."""
         self.slots.uncount(connection)
         self._eviction.forget(connection)
-        self._conditions.look(self.slots)
+        if self._conditions.waiting:
+            self._conditions.look(self.slots)
         self._place_found()
 
     def holds_slot(self, connection: Connection[Any]) -> bool:
         """Whether it does."""
         return self.slots.holds(connection)
 
-    def over(self, connection: Connection[Any]) -> None:
-        """It is over, and still has what it had."""
-        if connection.is_accepted:
-            self.events.connection_finished(connection)
-
     def release(self, connection: Connection[Any], error: Failure | None) -> None:
         """
         Free the slot of a connection that is over; then report its handler's
         error, then let the next client in (spec H4).
         """
-        self.slots.free(connection)
-        self._sweeper.forget(connection)
+        slots = self.slots
+        was_full = slots.is_full
+        slots.free(connection)
+        if self._sweeper.timer is not None:
+            self._sweeper.forget(connection)
         if self._is_limited:
             self._admission.leave(connection)
             self._eviction.forget(connection)
@@ -513,9 +520,12 @@ class Entrance(protocol.ServerFactory):
             self._told.pop(connection.id, None)
         if error is not None:
             self.report(connection.peer, error)
-        self._conditions.look(self.slots)
-        self._place_found()
-        self._maybe_over()
+        if self._conditions.waiting:
+            self._conditions.look(slots)
+        if was_full or self._held:
+            self._place_found()
+        if self.is_closed:
+            self._maybe_over()
 
     def _place_found(self) -> None:
         while self._held and not self.is_closed:

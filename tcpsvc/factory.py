@@ -43,6 +43,9 @@ from tcpsvc.stream_connection import StreamConnection
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+#: The hosts of listeners whose connections come to any of the machine's addresses.
+_WILDCARDS = ("", "0.0.0.0", "::")
+
 
 class ServerFactory(Entrance):
     """
@@ -83,10 +86,14 @@ class ServerFactory(Entrance):
         self._has_server = False
         #: Whether it is known where it listens, and that is one place.
         self.has_one_address = False
+        #: Whether connections may have another own address than the listener's.
+        self.is_listening_anywhere = True
         #: The server that listens with it, for ``on_accept_error``.
         self.server: Any = None
         #: What happens when a gate's accept fails.
         self.exhaustion = Exhaustion(self, self._place_found)
+        #: Called when a connection's socket was closed.
+        self.descriptor_closed = self.exhaustion.descriptor_closed
         #: What a handler raised to stop the process (spec H7).
         self.stopped_by: BaseException | None = None
 
@@ -356,19 +363,13 @@ class ServerFactory(Entrance):
         self._failures.on_fatal = on_failure
         self._addresses = addresses
         self.has_one_address = len(addresses()) == 1
+        self.is_listening_anywhere = (
+            getattr(self.listening_on(), "host", "") in _WILDCARDS
+        )
 
     def listening_on(self) -> Any:
         """The listening address, where it is known and there is no other."""
         return self._addresses()[0] if self.has_one_address else None
-
-    @property
-    def is_listening_anywhere(self) -> bool:
-        """Whether connections may have another own address than the listener's."""
-        return getattr(self.listening_on(), "host", "") in ("", "0.0.0.0", "::")
-
-    def descriptor_closed(self) -> None:
-        """A connection's socket was closed."""
-        self.exhaustion.descriptor_closed()
 
     def watch(self, connection: Any) -> float:
         """Sweep a connection. Returns the time."""

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
-from twisted.internet.address import IPv4Address
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 
+from tcpsvc.addresses import ipv4_address
 from tcpsvc.counters import Counters
 from tcpsvc.engine import Engine, engage
 from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
@@ -245,16 +245,6 @@ class Gate:
             os.close(descriptor)
             raise
 
-    def _address_of(self, address: Any) -> Any:
-        if self._family != _INET:
-            return self._port._buildAddr(address)
-        # What IPv4Address("TCP", *address) makes, without its look whether "TCP" is
-        # "TCP" or "UDP": 1 of 30 µs of a connection.
-        made = IPv4Address.__new__(IPv4Address)
-        made.type = "TCP"
-        made.host, made.port = address
-        return made
-
     def _take(self, client: socket.socket, address: Any) -> None:
         port = self._port
         try:
@@ -268,7 +258,11 @@ class Gate:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
                 return
-            protocol = port.factory.buildProtocol(self._address_of(address))
+            protocol = port.factory.buildProtocol(
+                ipv4_address(address)
+                if self._family == _INET
+                else port._buildAddr(address)
+            )
             if protocol is None:
                 close_orderly(client)
                 # A wrapping factory may have asked ours before.

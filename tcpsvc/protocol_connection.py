@@ -124,7 +124,6 @@ class ProtocolConnection(Connection[AddressT]):
         "_base",
         "_connected",
         "_is_held",
-        "_peer_eof",
         "_protocol",
         "_user_factory",
         "transport",
@@ -141,7 +140,6 @@ class ProtocolConnection(Connection[AddressT]):
         self._user_factory = user_factory
         self._protocol: Any = None
         self._is_held = False
-        self._peer_eof = False
         self.transport: Any = None
         #: The lowest transport, and its socket, if it has one.
         self._base: Any = None
@@ -272,7 +270,7 @@ class ProtocolConnection(Connection[AddressT]):
         """Why it ends, where nothing has said so before."""
         if reason.check(ConnectionAborted):
             self.ends_because(Reason.ABORTED)
-        elif self._peer_eof or (tells(self.transport) and self.transport.has_eof):
+        elif self._has_eof or (tells(self.transport) and self.transport.has_eof):
             self.ends_because(Reason.EOF)
         elif getattr(self.transport, "disconnecting", False):
             self.ends_because(Reason.FINISHED)
@@ -284,7 +282,7 @@ class ProtocolConnection(Connection[AddressT]):
     def readConnectionLost(self) -> None:
         """The client's FIN, for an IHalfCloseableProtocol."""
         if not getattr(self.transport, "disconnecting", False):
-            self._peer_eof = True
+            self._has_eof = True
         self._guard(self._protocol.readConnectionLost)
 
     def writeConnectionLost(self) -> None:

@@ -369,7 +369,8 @@ class Reader:
         """Nothing more will come."""
         if not self.has_eof:
             self.has_eof = True
-            self._wake()
+            if self._waiter is not None:
+                self._wake()
 
     def tell_of_drain(self) -> None:
         """The server drains. It may be told again."""
@@ -443,7 +444,7 @@ class Reader:
             # All there is.
             self._data = b""
             self._position = 0
-            taken = data if not position else data[position:]
+            taken: Any = data if not position else data[position:]
             if type(taken) is bytearray:
                 taken = bytes(taken)
         elif type(data) is bytearray:
@@ -454,7 +455,7 @@ class Reader:
             taken = data[position - n : position]
         if self._is_paused and self.bytes_buffered < self._limit:
             self._resume()
-        return cast(bytes, taken)
+        return taken  # type: ignore[no-any-return]
 
     def _overrun(self) -> None:
         raise LimitOverrunError(

@@ -50,6 +50,7 @@ class Replies:
 
     is_observed = looks = False
     has_one_address = True
+    is_listening_anywhere = False  # Nobody asks for their own address.
 
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor
@@ -105,11 +106,6 @@ class Replies:
         """Whether the server is."""
         return bool(self._owner.is_closed)
 
-    @property
-    def is_listening_anywhere(self) -> bool:
-        """Nobody asks for their own address."""
-        return False
-
     def listening_on(self) -> Any:
         """The listening address."""
         return self._owner.listening_on()
@@ -135,9 +131,6 @@ class Replies:
     def descriptor_closed(self) -> None:
         """One more for the server."""
         self._owner.descriptor_closed()
-
-    def over(self, connection: Any) -> None:
-        """Nobody is told."""
 
     def release(self, connection: Any, error: Failure | None) -> None:
         """It is over."""

@@ -82,9 +82,10 @@ class SockConnection(Connection[AddressT]):
     def _bytes(self) -> Bytes:
         return taken(self._socket)
 
-    @property
-    def _has_eof(self) -> bool:
-        return has_eof(self._socket)
+    def handler_ended(self, failure: Failure | None) -> None:
+        """The handler has finished: with its socket at EOF, or not."""
+        self._has_eof = has_eof(self._socket)
+        super().handler_ended(failure)
 
     @property
     def bytes_waiting(self) -> int:

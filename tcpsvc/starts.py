@@ -55,7 +55,7 @@ class Starts:
     def add(self, connection: Startable) -> None:
         """Start it in the next turn."""
         self._waiting.append(connection)
-        if self._may_start:
+        if self._may_start and not self._is_due:
             self._schedule()
 
     def start_now(self) -> None:

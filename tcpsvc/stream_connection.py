@@ -67,14 +67,12 @@ class StreamConnection(Connection[AddressT]):
         "_chunks",
         "_discarded",
         "_flush_timeout",
-        "_had_eof_of_drain",
         "_handler",
         "_has_flow_control",
         "_host",
         "_is_being_lost",
         "_is_held",
         "_is_write_side_shut",
-        "_peer_eof",
         "_phase",
         "_progress",
         "_reading_paused",
@@ -119,8 +117,6 @@ class StreamConnection(Connection[AddressT]):
         self._is_held = False
         self._is_being_lost = False
         self._is_write_side_shut = False
-        self._peer_eof = False
-        self._had_eof_of_drain = False
         self._aborted = False
 
     def connectionMade(self) -> None:
@@ -135,7 +131,7 @@ class StreamConnection(Connection[AddressT]):
             self._base = transport
             self._socket = transport.socket
             transport.watcher = self
-            self.writer.write_to(transport)
+            self.writer.output = transport
         else:
             self._connect_in_chunks(transport)
         if self._socket is not None:
@@ -153,7 +149,7 @@ class StreamConnection(Connection[AddressT]):
     def _connect_in_chunks(self, transport: Any) -> None:
         self.dataReceived = self._deliver
         self._chunks = Chunks(self)
-        self.writer.write_to(self._chunks)
+        self.writer.output = self._chunks
         self._base = base = kernel.base_transport(transport)
         self._socket = kernel.socket_of(base)
         # The addresses of what is below TLS are gone with the connection.
@@ -177,7 +173,7 @@ class StreamConnection(Connection[AddressT]):
 
     def readConnectionLost(self) -> None:
         """The client's FIN."""
-        self._peer_eof = True
+        self._has_eof = True
         self.reader.feed_eof()
         if self._phase is _LINGERING:
             self._close_orderly()
@@ -206,7 +202,7 @@ class StreamConnection(Connection[AddressT]):
         if was_reset:
             self.ends_because(Reason.RESET)
         elif self._phase is _OPEN and not self._closed_by_server:
-            self._peer_eof = True  # Where there are no halves to close: TLS.
+            self._has_eof = True  # Where there are no halves to close: TLS.
         writer.gone()
         self.socket_closed()
         if was_reset:
@@ -256,7 +252,7 @@ class StreamConnection(Connection[AddressT]):
         self._is_being_lost = True
         if (
             self._host is None
-            and (self.is_running or not self._factory.has_one_address)
+            and (self._handler_state == "running" or not self._factory.has_one_address)
             and self._factory.is_listening_anywhere
         ):
             # The handler may still ask, or nobody else knows: 6 % of a short
@@ -267,7 +263,7 @@ class StreamConnection(Connection[AddressT]):
             and self._socket is not None
             and self._base is self.transport
             and not self._closed_by_server
-            and not self._peer_eof
+            and not self._has_eof
             and not getattr(self._base, "read_failed", False)
         ):
             for data in kernel.rest_of_input(self._socket):
@@ -300,10 +296,10 @@ class StreamConnection(Connection[AddressT]):
             self._is_held = False
             self.resume_reading()
         elif self._chunks is None and not self._reading_paused:
-            # On Twisted's own transports it has gone on since the accept, and may
-            # have filled the buffer by now.
-            self.transport.resumeProducing()
+            self._base.begin_reading()
         self._start(self._handler, self.peer, self.reader, self.writer)
+        if self._chunks is None:
+            self._base.go_on_reading()
 
     def close_now(self) -> None:
         if self.is_socket_closed or self._aborted:
@@ -354,14 +350,6 @@ class StreamConnection(Connection[AddressT]):
     def bytes_waiting(self) -> int:
         return self.writer.bytes_to_write
 
-    @property
-    def _has_eof(self) -> bool:
-        return self._peer_eof
-
-    @property
-    def had_eof_of_drain(self) -> bool:
-        return self._had_eof_of_drain
-
     def tell_of_drain(self) -> None:
         """The server drains: the handler is told, then its reader."""
         super().tell_of_drain()
@@ -381,7 +369,7 @@ class StreamConnection(Connection[AddressT]):
             asked = self._factory.settings.eof_on_drain
         if not asked or (self._socket is not None and kernel.has_input(self._socket)):
             return False
-        self._had_eof_of_drain = True
+        self.had_eof_of_drain = True
         return True
 
     def pause_reading(self) -> None:
@@ -455,7 +443,7 @@ class StreamConnection(Connection[AddressT]):
         )
 
     def _is_readable(self) -> bool:
-        return not self._peer_eof and not self.is_socket_closed
+        return not self._has_eof and not self.is_socket_closed
 
     def _begin_to_close(self, timeout: float) -> None:
         if (
@@ -474,10 +462,10 @@ class StreamConnection(Connection[AddressT]):
         if self._reading_paused:
             self.resume_reading()
         if self._chunks is None:
-            self._base.flush_now()
-        if self._phase is _FLUSHING and not (
-            self.is_socket_closed or self.writer.bytes_to_write
-        ):
+            is_sent = self._base.flush_now()
+        else:
+            is_sent = not self._chunks.unsent
+        if is_sent and self._phase is _FLUSHING and not self.is_socket_closed:
             self._flush_done()
         if not self.is_socket_closed:
             self._progress = (self._taken_by_client(), self.watch())
@@ -485,11 +473,14 @@ class StreamConnection(Connection[AddressT]):
         reader.feed_eof()
 
     def _flush_done(self) -> None:
-        self._shut_off_producer()
-        if self._socket is None or self._is_tls:
+        if self._has_flow_control:
+            self._shut_off_producer()
+        if self._chunks is not None and (self._socket is None or self._is_tls):
             self._phase = _LOSING
             self.transport.loseConnection()
-        elif self._peer_eof or kernel.nothing_pending(self._socket):
+            return
+        assert self._socket is not None
+        if self._has_eof or kernel.nothing_pending(self._socket):
             self._close_orderly()
         else:
             self._phase = _LINGERING
@@ -534,7 +525,7 @@ class StreamConnection(Connection[AddressT]):
             # TLS has ended the connection by itself, behind what is still to be
             # sent: the client's close ends both directions (spec S10).
             self._phase = _LOSING
-            self._peer_eof = True
+            self._has_eof = True
             self._flush_timeout = self._factory.settings.flush_timeout
             self._progress = (self._taken_by_client(), now)
             self._end_streams()

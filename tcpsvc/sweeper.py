@@ -25,6 +25,8 @@ class Sweeper:
     :param clock: what times it.
     :param connections: all that are live, by their ids; it may change.
     :param look: called with each of them, and the time, while all are swept.
+    :ivar sweeps_all: whether all are.
+    :ivar timer: what is to sweep next; ``None`` while there is nothing to look after.
     """
 
     def __init__(
@@ -37,9 +39,9 @@ class Sweeper:
         self._connections = connections
         self._look = look
         self._watched: dict[Any, None] = {}
-        self._sweeps_all = False
+        self.sweeps_all = False
         self._interval = INTERVAL
-        self._timer: IDelayedCall | None = None
+        self.timer: IDelayedCall | None = None
         #: When it is to go off: late ones do not add up.
         self._due = 0.0
 
@@ -48,20 +50,20 @@ class Sweeper:
         Sweep all that are live from now on, that often, in seconds; for ``None`` only
         those that are watched.
         """
-        self._sweeps_all = interval is not None
+        self.sweeps_all = interval is not None
         self._interval = INTERVAL if interval is None else interval
-        if self._timer is not None:
+        if self.timer is not None:
             # Sooner, never later: else whoever changes something oftener than this
             # would put it off for ever.
             soonest = self._clock.seconds() + self._interval
             if soonest < self._due:
                 self._due = soonest
-                self._timer.reset(self._interval)
+                self.timer.reset(self._interval)
         self._update()
 
     def began(self) -> None:
-        """A connection is live."""
-        if self._sweeps_all and self._timer is None:
+        """A connection is live: to be told while all are swept."""
+        if self.timer is None:
             self._update()
 
     def watch(self, connection: Any) -> float:
@@ -72,29 +74,28 @@ class Sweeper:
         :returns: the time.
         """
         self._watched[connection] = None
-        if self._timer is None:
+        if self.timer is None:
             self._update()
         return self._clock.seconds()
 
     def forget(self, connection: Any) -> None:
-        """It is over. With the last one the timer goes."""
+        """It is over, while there is a timer: with the last one that goes."""
         self._watched.pop(connection, None)
-        if self._timer is not None:
-            self._update()
+        self._update()
 
     def _update(self) -> None:
-        is_needed = bool(self._watched or (self._sweeps_all and self._connections))
-        if is_needed and self._timer is None:
+        is_needed = bool(self._watched or (self.sweeps_all and self._connections))
+        if is_needed and self.timer is None:
             self._due = self._clock.seconds() + self._interval
-            self._timer = self._clock.callLater(self._interval, self._sweep)
-        elif not is_needed and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+            self.timer = self._clock.callLater(self._interval, self._sweep)
+        elif not is_needed and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def broken(self) -> list[str]:
         """What does not hold, and ought to."""
-        is_needed = bool(self._watched or (self._sweeps_all and self._connections))
-        timer = self._timer
+        is_needed = bool(self._watched or (self.sweeps_all and self._connections))
+        timer = self.timer
         checks = {
             "there is a sweep exactly while it is needed": (timer is not None)
             is is_needed,
@@ -110,14 +111,14 @@ class Sweeper:
         self._due += self._interval
         if self._due <= now:
             self._due = now + self._interval
-        self._timer = self._clock.callLater(self._due - now, self._sweep)
+        self.timer = self._clock.callLater(self._due - now, self._sweep)
         for connection in list(self._watched):
             # An earlier one's sweep may have ended this one.
             if connection in self._watched and not connection.sweep(now):
                 self._watched.pop(connection, None)
-        if self._sweeps_all and self._look is not None:
+        if self.sweeps_all and self._look is not None:
             for connection in list(self._connections.values()):
                 if not connection.is_over:
                     self._look(connection, now)
-        if self._timer is not None:
+        if self.timer is not None:
             self._update()

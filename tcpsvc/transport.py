@@ -135,6 +135,13 @@ class Counted:
 class _Telling(Counted, Watched):
     """Mixed into a transport that is served by the reactor, as Twisted's are."""
 
+    def begin_reading(self) -> None:
+        """It has read since the accept, and may have filled the buffer by now."""
+        self.resumeProducing()  # type: ignore[attr-defined]
+
+    def go_on_reading(self) -> None:
+        """It does."""
+
     def write(self, data: Any) -> None:
         """Write, and tell when nothing waited before."""
         waited = self.unsent
@@ -142,8 +149,13 @@ class _Telling(Counted, Watched):
         if not waited and self.watcher is not None and self.unsent:
             self.watcher.blocked()
 
-    def flush_now(self) -> None:
-        """The reactor will: nothing is sent before it says that there is room."""
+    def flush_now(self) -> bool:
+        """
+        The reactor will: nothing is sent before it says that there is room.
+
+        :returns: whether nothing waits to be sent.
+        """
+        return not self.unsent
 
     def report_flush(self) -> None:
         """It is told of each."""

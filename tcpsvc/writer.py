@@ -121,21 +121,23 @@ class Writer:
         "_consumer_left",
         "_draining",
         "_flushing",
+        "_has_consumer_left",
         "_has_ended",
         "_is_gone",
         "_is_open",
         "_limit",
         "_marks",
-        "_output",
         "_state",
         "_unsent_at_end",
         "bytes_written",
+        "output",
     )
 
     def __init__(self, connection: Written, limit: int) -> None:
         self._connection = connection
         self._limit = limit
-        self._output: Output = _NOWHERE
+        #: Where the bytes go. The connection says it when it is there.
+        self.output: Output = _NOWHERE
         self._state = _OPEN
         self._is_gone = False
         self._has_ended = False
@@ -146,6 +148,7 @@ class Writer:
         self._unsent_at_end = 0
         self._flushing: list[tuple[int, Deferred[None]]] | None = None
         self._draining: list[Deferred[None]] | None = None
+        self._has_consumer_left = False
         self._consumer_left: Event | None = None
         #: How many bytes had been written at which times, while some of them wait.
         self._marks: list[tuple[int, float]] | None = None
@@ -168,7 +171,7 @@ class Writer:
             data = bytes(data)
         if self._is_open:
             self.bytes_written += len(data)
-            self._output.write(data)
+            self.output.write(data)
         elif self._state is not _OPEN:
             end = "write_eof" if self._state is _EOF else "close"
             raise RuntimeError(f"write after {end}() of the writer")
@@ -189,12 +192,12 @@ class Writer:
         """
         if not self._is_open:
             self._check()
-        if self._output.unsent > self._limit:
+        if self.output.unsent > self._limit:
             if self._draining is None:
                 self._draining = []
             waiter: Deferred[None] = Deferred(self._drain_cancelled)
             self._draining.append(waiter)
-            self._output.report_flush()
+            self.output.report_flush()
             await waiter
 
     def flushed(self) -> Deferred[None]:
@@ -213,7 +216,7 @@ class Writer:
             self._flushing = []
         waiter: Deferred[None] = Deferred(self._flush_cancelled)
         self._flushing.append((self.bytes_written, waiter))
-        self._output.report_flush()
+        self.output.report_flush()
         return waiter
 
     def close(self) -> None:
@@ -259,7 +262,7 @@ class Writer:
             self._state = _EOF
             self._is_open = False
             if self.bytes_to_write:
-                self._output.report_flush()
+                self.output.report_flush()
             elif not self._is_gone:
                 self._connection.all_taken()
         elif self._state is _CLOSED:
@@ -268,12 +271,12 @@ class Writer:
     @property
     def bytes_to_write(self) -> int:
         """How many bytes the kernel has not taken yet, and still may."""
-        return 0 if self._is_gone else self._output.unsent
+        return 0 if self._is_gone else self.output.unsent
 
     @property
     def bytes_taken(self) -> int:
         """How many bytes the kernel has taken so far."""
-        unsent = self._unsent_at_end if self._is_gone else self._output.unsent
+        unsent = self._unsent_at_end if self._is_gone else self.output.unsent
         return self.bytes_written - unsent
 
     def consumer_left(self) -> Deferred[None]:
@@ -284,6 +287,8 @@ class Writer:
         """
         if self._consumer_left is None:
             self._consumer_left = Event()
+            if self._has_consumer_left:
+                self._consumer_left.happen()
         return self._consumer_left.wait()
 
     @property
@@ -340,10 +345,6 @@ class Writer:
         """Whether :meth:`write_eof` was called and nothing has ended it since."""
         return self._state is _EOF
 
-    def write_to(self, output: Output) -> None:
-        """The connection is there: this takes the bytes."""
-        self._output = output
-
     def blocked(self) -> None:
         """Bytes have begun to wait: remember since when, and have them watched."""
         if self._marks is None and not self._is_gone:
@@ -353,12 +354,12 @@ class Writer:
         """The kernel has taken more, or all, of what waited."""
         if self._is_gone:
             return
-        if not self._output.unsent:
+        if not self.output.unsent:
             self._marks = None
         if self._flushing or self._draining:
             self._tell_waiters()
         # Whoever was told may have written more, and ended the handler.
-        if not self._is_open and not self._is_gone and not self._output.unsent:
+        if not self._is_open and not self._is_gone and not self.output.unsent:
             self._connection.all_taken()
 
     def handler_ended(self) -> None:
@@ -368,17 +369,17 @@ class Writer:
 
     def consumer_has_left(self) -> None:
         """A reset or a failed send was seen."""
-        if self._consumer_left is None:
-            self._consumer_left = Event()
-        self._consumer_left.happen()
+        self._has_consumer_left = True
+        if self._consumer_left is not None:
+            self._consumer_left.happen()
 
     def gone(self) -> None:
         """The connection is closed: nothing can be sent any more."""
         if not self._is_gone:
-            self._unsent_at_end = self._output.unsent
+            self._unsent_at_end = self.output.unsent
             self._is_gone = True
             self._is_open = False
-            self._output = _NOWHERE
+            self.output = _NOWHERE
             self._marks = None
 
     def tell_gone(self) -> None:

@@ -440,6 +440,7 @@ async def test_counts_go_down_when_clients_or_the_server_end_it(
     elif end == "server":
         await server.close(close_existing_connections=True)
     else:
+        await until(lambda: server.connections[0].handler == "running")
         clock.pump([1.0] * 7)
     await until(lambda: not server.num_connections)
     assert peers(server) == {}

@@ -82,7 +82,7 @@ def test_a_waiter_is_ones_own() -> None:
     assert isinstance(results[1][0], CancelledError)
     server.connect()
     assert (results[0], results[2]) == ([None], [None])
-    assert not server.factory._conditions._waiting
+    assert not server.factory._conditions.waiting
 
 
 def test_what_the_condition_raises_is_the_waiters_own() -> None:

@@ -1165,7 +1165,7 @@ async def test_who_does_not_take_its_last_word_is_no_line_each(
     replies = server._factory._replies._connections
     clients = [connect(server) for _ in range(5)]
     for client in clients:
-        client.send(b"I go on")
+        client.send(b"I go on" * 2000)  # More than is read before the reply.
     await until(lambda: len(replies) == 5)
     await until(lambda: all(c._discarded for c in replies.values()))
     clock.pump([1] * 8)

@@ -793,7 +793,7 @@ class InMemory(RuleBasedStateMachine):
         """The clock is advanced."""
         for _ in range(int(seconds * 2)):
             sweeper = self.factory._sweeper
-            timer = sweeper._timer
+            timer = sweeper.timer
             sweeps = timer is not None and timer.getTime() <= self.clock.seconds() + 0.5
             by_id = {id(c): c.peer.port - 50_000 for c in sweeper._watched}
             order = [self.peers[name] for name in by_id.values()]

@@ -59,6 +59,10 @@ LEAST_RECEIVED = 4096
 MOST_CREDIT = 8192
 CREDIT_OF_ONE = 512
 
+#: After so many turns, at most, new connections are read from at once again, since
+#: clients had not sent anything yet: each power of two of them costs a system call.
+MOST_TURNS_OF_WAITING = 32
+
 _IN: int = getattr(select, "EPOLLIN", 0)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
 _DISCONNECTED: int = getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR", 0)
@@ -101,6 +105,9 @@ class SubReactor:
     :ivar turn: how many turns there have been.
     :ivar due: connections with something to flush after that.
     :ivar served: the connection that is being served.
+    :ivar first_bytes: how many bytes may be read from new connections, when their
+        handlers start, before the next turn: as many as one connection gives in one.
+        Else a crowd of them would keep everybody else waiting.
     :ivar receive_size: how many bytes to read at a time. A handler that works off
         a full 64 KiB of small requests takes milliseconds; with many of those a
         turn that took too long halves this, and one that did not doubles it.
@@ -114,6 +121,11 @@ class SubReactor:
         self.due: list[Any] = []
         self.served: Any = None
         self.receive_size = MOST_RECEIVED
+        self.first_bytes = MOST_RECEIVED
+        #: For how many turns first reads rest after the next one that fails, and up
+        #: to which turn they do.
+        self._rest = 1
+        self._rests_until = 0
         self._credit = 0
         self._poller: Any = None
         #: Who is watched, by descriptor, and for what.
@@ -175,7 +187,11 @@ class SubReactor:
 
     def remove(self, selectable: Any) -> None:
         """Watch it no longer at all."""
-        self._unwatch(selectable, _IN | _OUT)
+        fd = selectable.fileno()
+        if fd in self._interests:
+            self._forget(fd)
+        elif fd < 0:
+            self._unwatch(selectable, _IN | _OUT)
 
     def removeAll(self) -> list[Any]:
         """Watch nobody any more. Returns who was watched."""
@@ -227,11 +243,10 @@ class SubReactor:
         if after:
             self._poller.modify(fd, after)
             self._interests[fd] = after
+            if self._left:  # It may have been ready for what is no longer wanted.
+                self._left.pop(fd, None)
         else:
             self._forget(fd)
-        # It may have been ready for what is no longer wanted.
-        if self._left:
-            self._left.pop(fd, None)
 
     def _forget(self, fd: int) -> None:
         """
@@ -242,12 +257,27 @@ class SubReactor:
         del self._interests[fd]
         if self._selectables.pop(fd, None) is None:
             self._late.pop(fd, None)
+        if self._left:  # It may have been ready, and not served yet.
+            self._left.pop(fd, None)
         try:
             self._poller.unregister(fd)
         except OSError:
             pass  # Closed behind its back; the kernel has done it.
         if not self._interests and not self.is_serving:
             self._close_if_idle()
+
+    # Reading from new connections before the kernel tells of them.
+
+    def first_read_succeeded(self, size: int) -> None:
+        """A new client's first bytes were there."""
+        self.first_bytes -= size
+        self._rest = 1
+
+    def first_read_failed(self) -> None:
+        """They were not: with clients like this it is better to wait for them."""
+        self.first_bytes = 0
+        self._rests_until = self.turn + self._rest
+        self._rest = min(2 * self._rest, MOST_TURNS_OF_WAITING)
 
     # The own descriptor, in the main reactor.
 
@@ -303,6 +333,8 @@ class SubReactor:
             outer.wait_for_room()  # Its own flush comes after this turn.
         self.is_serving = True
         self.turn += 1
+        if self.turn > self._rests_until:
+            self.first_bytes = MOST_RECEIVED
         selectables = self._selectables
         due = self.due
         size = self.receive_size

@@ -1,0 +1,299 @@
+"""
+What a client has sent before its handler starts: read at the start, before the kernel
+is asked to tell of more. Nothing of it shows but the time that it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pytest_twisted import ensureDeferred
+from twisted.internet.defer import Deferred
+
+from tcpsvc import Reason
+from tcpsvc.engine.subreactor import (
+    LEAST_RECEIVED,
+    MOST_RECEIVED,
+    MOST_TURNS_OF_WAITING,
+    SubReactor,
+)
+from tests.support import in_thread, the_reactor, turn, until
+
+
+@pytest.fixture(autouse=True)
+def fresh_engine(request: pytest.FixtureRequest) -> None:
+    """With new clients' first bytes to be tried, whatever ran before."""
+    if request.config.getoption("--engine") == "reactor":
+        pytest.skip("of the engine, which is switched off")
+    group().first_bytes = MOST_RECEIVED
+    group().first_read_succeeded(0)
+
+
+def group() -> SubReactor:
+    """The sub-reactor of the reactor."""
+    return SubReactor.of(the_reactor())
+
+
+class Watching:
+    """A handler that notes after each line whether the kernel was to tell of more."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.was_watched: list[bool] = []
+        self.ended = Deferred[None]()
+
+    async def handle(self, _: Any, reader: Any, writer: Any) -> None:
+        while True:
+            line = await reader.readline()
+            self.lines.append(line)
+            self.was_watched.append(reader.transport in group().getReaders())
+            if not line:
+                break
+            writer.write(line)
+        self.ended.callback(None)
+
+
+@ensureDeferred
+async def test_first_bytes_are_read_before_the_kernel_is_asked(
+    serve: Any, connect: Any
+) -> None:
+    """It is asked when the handler waits for the first time."""
+    watching = Watching()
+    server = await serve(watching.handle)
+    client = connect(server)
+    client.send(b"one\ntwo\n")
+    await until(lambda: len(watching.lines) == 2)
+    assert await in_thread(client.read, 8) == b"one\ntwo\n"
+    client.send(b"three\n")
+    assert await in_thread(client.read, 6) == b"three\n"
+    client.shut()
+    await watching.ended
+    assert watching.lines == [b"one\n", b"two\n", b"three\n", b""]
+    assert watching.was_watched[:3] == [False, False, True]
+
+
+@ensureDeferred
+async def test_a_handler_that_ends_with_them_is_never_watched(
+    serve: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its whole life is in the start."""
+    watched: list[Any] = []
+    add_reader = SubReactor.addReader
+    monkeypatch.setattr(
+        SubReactor,
+        "addReader",
+        lambda self, reader: (watched.append(reader), add_reader(self, reader)),
+    )
+
+    async def echo_one(_: Any, reader: Any, writer: Any) -> None:
+        writer.write(await reader.readline())
+
+    server = await serve(echo_one)
+    client = connect(server)
+    client.send(b"one\n")
+    assert await in_thread(client.read_all) == b"one\n"
+    await until(lambda: not server.num_connections)
+    assert watched == []
+    assert server.describe()["counters"]["ends"] == {Reason.FINISHED.value: 1}
+
+
+@ensureDeferred
+async def test_more_than_is_read_first_comes_after(serve: Any, connect: Any) -> None:
+    """In its order."""
+    data = bytes(range(256)) * (LEAST_RECEIVED // 256) * 3
+
+    async def echo_all(_: Any, reader: Any, writer: Any) -> None:
+        writer.write(await reader.readexactly(len(data)))
+
+    server = await serve(echo_all)
+    client = connect(server)
+    client.send(data)
+    assert await in_thread(client.read_all) == data
+
+
+@ensureDeferred
+async def test_the_end_alone_is_eof(serve: Any, connect: Any) -> None:
+    """The client has sent nothing, and ended its side."""
+    watching = Watching()
+    server = await serve(watching.handle)
+    client = connect(server)
+    client.shut()
+    await watching.ended
+    assert watching.lines == [b""]
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: not server.num_connections)
+    assert server.describe()["counters"]["ends"] == {Reason.EOF.value: 1}
+
+
+@ensureDeferred
+@pytest.mark.parametrize("sent", [b"", b"half a line"])
+async def test_a_reset_before_the_start_is_one(
+    sent: bytes, serve: Any, connect: Any
+) -> None:
+    """The handler reads what had come, then EOF; the end is counted as it was."""
+    lines: list[bytes] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        lines.append(await reader.readline())
+
+    server = await serve(handle)
+    client = connect(server)
+    client.send(sent)
+    client.reset()
+    await until(lambda: server.describe()["counters"]["ends"])
+    assert lines == [sent]
+    assert server.describe()["counters"]["ends"] == {Reason.RESET.value: 1}
+
+
+@ensureDeferred
+async def test_a_handler_that_pauses_its_transport_is_not_read(
+    serve: Any, connect: Any
+) -> None:
+    """What its first statements decide stands."""
+    goes_on = Deferred[None]()
+    buffered: list[int] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        reader.transport.pauseProducing()
+        await goes_on
+        buffered.append(reader.bytes_buffered)
+        reader.transport.resumeProducing()
+        writer.write(await reader.readexactly(8))
+
+    server = await serve(handle)
+    client = connect(server)
+    client.send(b"one\n")
+    await until(lambda: server.num_connections == 1)
+    client.send(b"two\n")
+    await turn()
+    await turn()
+    assert group().getReaders() == []
+    goes_on.callback(None)
+    assert await in_thread(client.read_all) == b"one\ntwo\n"
+    assert buffered == [4]
+
+
+@ensureDeferred
+async def test_a_full_buffer_is_not_read_on(serve: Any, connect: Any) -> None:
+    """Its reader has paused before the handler has begun."""
+    goes_on = Deferred[None]()
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        await goes_on
+        while data := await reader.read(10):
+            writer.write(data)
+
+    server = await serve(handle, reader_buffer_size=16)
+    client = connect(server)
+    client.send(b"x" * 100)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    assert group().getReaders() == []
+    goes_on.callback(None)
+    assert await in_thread(client.read, 100) == b"x" * 100
+    client.shut()
+    assert await in_thread(client.read_all) == b""
+
+
+@ensureDeferred
+@pytest.mark.parametrize("how", ["close", "abort", "loseConnection", "server"])
+async def test_a_connection_that_ends_in_its_start_is_not_watched_after(
+    how: str, serve: Any, connect: Any
+) -> None:
+    """Whoever has closed it."""
+    servers: list[Any] = []
+    goes_on = Deferred[None]()
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        await reader.readline()
+        if how == "close":
+            reader.close()
+        elif how == "abort":
+            writer.abort()
+        elif how == "loseConnection":
+            writer.transport.loseConnection()
+        else:
+            servers[0].close(close_existing_connections=True)
+        await goes_on
+
+    server = await serve(handle)
+    servers.append(server)
+    client = connect(server)
+    client.send(b"one\n")
+    await until(lambda: server.connections and server.connections[0].socket == "closed")
+    assert group().getReaders() == []
+    goes_on.callback(None)
+    await until(lambda: not server.num_connections)
+    client.close()
+
+
+@ensureDeferred
+async def test_a_crowd_of_new_clients_is_read_first_up_to_a_limit(
+    serve: Any, connect: Any
+) -> None:
+    """The rest waits for the kernel to tell, as everybody else does."""
+    read_first: list[bool] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        read_first.append(reader.bytes_buffered > 0)
+        writer.write(await reader.readexactly(LEAST_RECEIVED))
+
+    server = await serve(handle, max_accepts_per_batch=64)
+    clients = [connect(server) for _ in range(30)]
+    for client in clients:
+        client.send(b"x" * LEAST_RECEIVED)
+    await until(lambda: len(read_first) == 30)
+    assert read_first == [True] * 16 + [False] * 14
+    for client in clients:
+        assert len(await in_thread(client.read_all)) == LEAST_RECEIVED
+
+
+@ensureDeferred
+async def test_clients_that_do_not_speak_first_are_tried_ever_more_seldom(
+    serve: Any, connect: Any
+) -> None:
+    """Each failed try costs a system call."""
+    watching = Watching()
+    server = await serve(watching.handle)
+    tried: list[int] = []
+    client = connect(server)
+    await until(lambda: server.connections and group().getReaders())
+    assert group().first_bytes == 0
+    rests = []
+    for _ in range(8):
+        before = group().turn
+        while not group().first_bytes:
+            client.send(b"x\n")
+            await in_thread(client.read, 2)
+        rests.append(group().turn - before)
+        group().first_read_failed()
+        tried.append(group().first_bytes)
+    assert rests == [2, 3, 5, 9, 17, 33, 33, 33]
+    assert max(rests) == MOST_TURNS_OF_WAITING + 1
+    assert tried == [0] * 8
+    client.shut()
+    await watching.ended
+
+
+@ensureDeferred
+async def test_streams_behind_a_server_that_closes_between_leave_no_trace(
+    serve: Any, connect: Any
+) -> None:
+    """The engine may have left the reactor when the handler first waits."""
+    heard: list[bytes] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        server.close()
+        await turn()
+        heard.append(await reader.readline())
+        heard.append(await reader.readline())
+
+    server = await serve(handle)
+    client = connect(server)
+    client.send(b"one\n")
+    await until(lambda: heard)
+    client.send(b"two\n")
+    await until(lambda: len(heard) == 2)
+    assert heard == [b"one\n", b"two\n"]
+    await server.close_finished_and_handlers_determined()
