@@ -21,6 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc import kernel
+from tcpsvc.address_text import addresses_text
 from tcpsvc.admission import Admission, host_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
@@ -39,7 +40,6 @@ from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import addresses_text
 
 #: The options that a reason is the limit of.
 _LIMITS_OF = {

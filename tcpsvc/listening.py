@@ -25,13 +25,9 @@ from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import can_gate
 from tcpsvc.places import discard_all, open_all
 from tcpsvc.port import port_over
-from tcpsvc.sockets import SocketMaker, stream_socket
 from tcpsvc.where import EndpointPlace, SocketPlace, WhereToListen
 
 _log = Logger(namespace="tcpsvc")
-
-#: What opens every listening socket; tests put one that fails in its place.
-make_socket: SocketMaker = stream_socket
 
 
 def listen_now(
@@ -46,7 +42,7 @@ def listen_now(
     :raises CannotListenError: the kernel refused.
     :raises ValueError: ``given`` does not fit.
     """
-    opened = deque(open_all(places, factory.settings.backlog, given, make_socket))
+    opened = deque(open_all(places, factory.settings.backlog, given))
     ports: list[IListeningPort] = []
     try:
         while opened:

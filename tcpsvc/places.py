@@ -14,12 +14,11 @@ from typing import Any
 from twisted.internet.error import CannotListenError
 from twisted.logger import Logger
 
-from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, SocketMaker
+from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, ListeningSocket
 from tcpsvc.where import (
     AddressT,
     EndpointPlace,
     ListeningOnT,
-    ListeningSocket,
     SocketPlace,
     WhereToListen,
 )
@@ -61,7 +60,6 @@ def open_all(
     places: Sequence[SocketPlace[Any, Any]],
     backlog: int,
     given: socket.socket | None,
-    make_socket: SocketMaker,
 ) -> list[ListeningSocket]:
     """
     Bind and listen on all places, or on none.
@@ -76,12 +74,10 @@ def open_all(
                 continue
             group = _with_one_port(places, number)
             if len(group) > 1:
-                made = _open_with_one_port(
-                    [places[n] for n in group], backlog, make_socket
-                )
+                made = _open_with_one_port([places[n] for n in group], backlog)
                 opened.update(zip(group, made, strict=True))
             else:
-                opened[number] = place.open(backlog, given, make_socket)
+                opened[number] = place.open(backlog, given)
     except BaseException:
         discard_all(opened.values())
         raise
@@ -125,7 +121,7 @@ def _host(place: SocketPlace[Any, Any]) -> object:
 
 
 def _open_with_one_port(
-    places: Sequence[SocketPlace[Any, Any]], backlog: int, make_socket: SocketMaker
+    places: Sequence[SocketPlace[Any, Any]], backlog: int
 ) -> list[ListeningSocket]:
     """
     The first takes a free port, the others the same. It may be taken there: then
@@ -135,11 +131,11 @@ def _open_with_one_port(
     while True:
         opened: list[ListeningSocket] = []
         try:
-            opened.append(places[0].open(backlog, None, make_socket))
+            opened.append(places[0].open(backlog))
             chosen: Any = opened[0].address
             for place in places[1:]:
                 where = place.with_port(chosen.port)
-                opened.append(where.open(backlog, None, make_socket))
+                opened.append(where.open(backlog))
         except CannotListenError as error:
             discard_all(opened)
             why: OSError = error.socketError

@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.address_text import address_text
 from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_options
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
@@ -22,7 +23,6 @@ from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.server import Server
-from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
