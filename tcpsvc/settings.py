@@ -5,13 +5,21 @@ the others (spec A2, W5). Everything is looked at before anything is opened.
 
 from __future__ import annotations
 
-import math
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tcpsvc.addresses import check_prefixes
+from tcpsvc.checks import (
+    at_least_one,
+    limits,
+    networks,
+    one_of,
+    positive,
+    rate,
+    seconds,
+)
 from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
@@ -58,88 +66,6 @@ def default_max_connections() -> int:
     if soft == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
     return max(1, min(MOST_CONNECTIONS, soft - max(64, soft // 10)))
-
-
-def at_least_one(name: str, value: object) -> int:
-    """
-    :returns: the value.
-    :raises ValueError: ``value`` is below 1.
-    :raises TypeError: it is no int.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an int")
-    if value < 1:
-        raise ValueError(f"{name}={value} is below 1")
-    return value
-
-
-def positive(name: str, value: object, unit: str) -> float:
-    """
-    :returns: the value.
-    :raises ValueError: ``value`` is not above 0, or is not finite.
-    :raises TypeError: it is no number.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is not a number of {unit}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} is not above 0 {unit}")
-    return float(value)
-
-
-def seconds(name: str, value: object) -> float:
-    """As :func:`positive`, of seconds."""
-    return positive(name, value, "seconds")
-
-
-def rate(name: str, value: object) -> Rate | None:
-    """
-    The rate that an option means.
-
-    :raises ValueError: it is no rate.
-    :raises TypeError: it is nothing like one.
-    """
-    if value is None or isinstance(value, Rate):
-        return value
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is neither a Rate nor its text")
-    try:
-        return Rate.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def networks(name: str, value: Any) -> Networks:
-    """
-    The networks that an option means.
-
-    :raises ValueError: one of them is none.
-    :raises TypeError: it is nothing like a list of them.
-    """
-    if isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is a text, not a list of networks")
-    try:
-        return Networks(value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def limits(name: str, value: Any) -> frozenset[str]:
-    """
-    The limits that an option names.
-
-    :raises ValueError: one of the names is no limit's.
-    :raises TypeError: they are no names.
-    """
-    if isinstance(value, bool):
-        return frozenset(LIMITS) if value else frozenset()
-    if isinstance(value, str) or not isinstance(value, Collection):
-        raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
-    for limit in value:
-        if not isinstance(limit, str):
-            raise TypeError(f"{name}: {limit!r} is not the name of a limit")
-        if limit not in LIMITS:
-            raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
-    return frozenset(value)
 
 
 #: Options that are given in more than one form, and what makes one of them.
@@ -214,20 +140,13 @@ class Settings:
         check_overflow(self.overflow)
         check_refusal(self.refusal)
         check_prefixes("peer_prefixes", self.peer_prefixes)
-        if self.on_exhaustion not in EXHAUSTION_POLICIES:
-            raise ValueError(
-                f"on_exhaustion={self.on_exhaustion!r} is not one of "
-                + ", ".join(map(repr, EXHAUSTION_POLICIES))
-            )
+        one_of("on_exhaustion", self.on_exhaustion, EXHAUSTION_POLICIES)
         if self.on_accept_error is not None and not callable(self.on_accept_error):
             raise TypeError(
                 f"on_accept_error={self.on_accept_error!r} is no callable "
                 "f(error, server)"
             )
-        if self.engine not in ENGINES:
-            raise ValueError(
-                f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
-            )
+        one_of("engine", self.engine, ENGINES)
         if self.backlog > MOST_BACKLOG:
             raise ValueError(f"backlog={self.backlog} is above {MOST_BACKLOG}")
 

@@ -17,7 +17,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IAddress, IStreamServerEndpoint
 
-from tcpsvc.address_text import one_line
+from tcpsvc.address_text import address_text, one_line
 from tcpsvc.sockets import (
     ListeningSocket,
     adopt,
@@ -49,6 +49,9 @@ class WhereToListen(Generic[AddressT, ListeningOnT]):
     """
 
     __slots__ = ()
+
+    def __str__(self) -> str:
+        return address_text(self.address)
 
     def __repr__(self) -> str:
         return f"<WhereToListen {self}>"
@@ -281,10 +284,6 @@ class _Inet(SocketPlace[InetAddress, int]):
             )
         return self.with_port(cast(InetAddress, address).port)
 
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Unix(SocketPlace[UNIXAddress, str]):
@@ -313,9 +312,6 @@ class _Unix(SocketPlace[UNIXAddress, str]):
         except OSError:
             return replace(self, path=path)
         return replace(self, path=path, mode=mode)
-
-    def __str__(self) -> str:
-        return f"unix:{one_line(self.path)}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
