@@ -30,9 +30,10 @@ from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
-from tcpsvc.protocol_connection import Aborter, ProtocolConnection, Refuser
+from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.reasons import LIMITS, Reason
 from tcpsvc.refusal_log import RefusalLog
+from tcpsvc.refuser import Aborter, Refuser
 from tcpsvc.refusing import Replies
 from tcpsvc.settings import Settings
 from tcpsvc.slots import Slots

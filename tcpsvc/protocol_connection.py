@@ -21,13 +21,13 @@ from twisted.internet.interfaces import (
     IProtocol,
     IProtocolFactory,
 )
-from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
 from tcpsvc import kernel
 from tcpsvc.connection import AddressT, Connection, Owner
 from tcpsvc.reasons import Reason
+from tcpsvc.refuser import Refuser
 from tcpsvc.snapshot import Bytes
 from tcpsvc.transport import tells
 
@@ -53,36 +53,6 @@ except ImportError:  # pragma: no cover
     pass
 else:
     _ORDINARY_REASONS += (_VerificationError,)
-
-
-class Refuser(Protocol):
-    """
-    Ends its connection at once with FIN.
-
-    ``None`` from ``buildProtocol`` would do that on a plain port only; behind a
-    wrapping factory (TLS, PROXY, policies) it leaves the client hanging
-    (https://github.com/twisted/twisted/issues/5232).
-    """
-
-    def makeConnection(self, transport: Any) -> None:
-        """Close it: orderly where the socket is there, else as can be."""
-        base = kernel.base_transport(transport)
-        lose = getattr(base, "connectionLost", None)
-        if lose is None or base is not transport:
-            transport.abortConnection()
-        else:
-            lose(Failure(ConnectionDone()))
-
-    def dataReceived(self, data: bytes) -> None:
-        """It is not listened to."""
-
-
-class Aborter(Refuser):
-    """Ends its connection at once with RST."""
-
-    def makeConnection(self, transport: Any) -> None:
-        """Reset it."""
-        transport.abortConnection()
 
 
 class _Below:
