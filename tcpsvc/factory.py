@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
-from twisted.internet.interfaces import (
-    IProtocolFactory,
-    IProtocolNegotiationFactory,
-)
+from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, noLongerProvides
 
@@ -31,12 +28,7 @@ from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.reasons import Reason
-from tcpsvc.settings import (
-    Settings,
-    change_options,
-    check_options,
-    describe_settings,
-)
+from tcpsvc.settings import Settings, change_options, check_options, describe_settings
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
 
@@ -57,11 +49,7 @@ class ServerFactory(Entrance):
     """
 
     def __init__(
-        self,
-        kind: Callable[..., Any],
-        handler: Any,
-        settings: Settings,
-        **options: Any,
+        self, kind: Callable[..., Any], handler: Any, settings: Settings, **options: Any
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
         super().__init__(kind, handler, settings, **options)

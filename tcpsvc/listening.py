@@ -10,12 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from twisted.internet.defer import (
-    Deferred,
-    FirstError,
-    gatherResults,
-    maybeDeferred,
-)
+from twisted.internet.defer import Deferred, FirstError, gatherResults, maybeDeferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
@@ -140,10 +135,7 @@ def listen_on_endpoint(
             error = ValueError(
                 f"endpoint={str(where)!r} does not hand out plain sockets: use create"
             )
-            try:
-                close_at_once(port)
-            except Exception:
-                _log.failure("closing an unwanted port failed")
+            close_all_at_once([port])
             failed(Failure(error))
         else:
             if can_gate(port):

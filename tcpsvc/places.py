@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,9 +58,7 @@ def places_text(places: Iterable[WhereToListen[Any, Any]]) -> str:
 
 
 def open_all(
-    places: Sequence[SocketPlace[Any, Any]],
-    backlog: int,
-    given: socket.socket | None,
+    places: Sequence[SocketPlace[Any, Any]], backlog: int, given: socket.socket | None
 ) -> list[ListeningSocket]:
     """
     Bind and listen on all places, or on none.
@@ -69,55 +68,35 @@ def open_all(
     """
     opened: dict[int, ListeningSocket] = {}
     try:
-        for number, place in enumerate(places):
-            if number in opened:
-                continue
-            group = _with_one_port(places, number)
-            if len(group) > 1:
-                made = _open_with_one_port([places[n] for n in group], backlog)
-                opened.update(zip(group, made, strict=True))
+        for group in _with_one_port(places):
+            if len(group) == 1:
+                made = [places[group[0]].open(backlog, given)]
             else:
-                opened[number] = place.open(backlog, given)
+                made = _open_with_one_port([places[n] for n in group], backlog)
+            opened.update(zip(group, made, strict=True))
     except BaseException:
         discard_all(opened.values())
         raise
     return [opened[number] for number in range(len(places))]
 
 
-def _with_one_port(places: Sequence[SocketPlace[Any, Any]], first: int) -> list[int]:
+def _with_one_port(places: Sequence[SocketPlace[Any, Any]]) -> Iterable[list[int]]:
     """
-    Which of the places are to have the port of the first. An address that comes
-    again cannot: it begins with a port of its own, which is what someone who asks
-    for a free port twice wants.
+    Which of the places are to have one port, by their numbers: those that leave it to
+    the operating system. An address that comes again cannot: it begins with a port of
+    its own, which is what someone who asks for a free port twice wants.
     """
-    if not places[first].leaves_port_to_os:
-        return [first]
-    group: list[int] = []
-    hosts = set()
-    turn = _repetition(places, first)
+    groups: dict[object, list[int]] = {}
+    times: Counter[object] = Counter()
     for number, place in enumerate(places):
-        host = _host(place)
-        if (
-            place.leaves_port_to_os
-            and host not in hosts
-            and _repetition(places, number) == turn
-        ):
-            hosts.add(host)
-            group.append(number)
-    return group
-
-
-def _repetition(places: Sequence[SocketPlace[Any, Any]], number: int) -> int:
-    """How often a place's address has been there before, with a free port."""
-    host = _host(places[number])
-    return sum(p.leaves_port_to_os and _host(p) == host for p in places[:number])
-
-
-def _host(place: SocketPlace[Any, Any]) -> object:
-    address: Any = place.address
-    if not place.leaves_port_to_os:
-        return None
-    return ipaddress.ip_address(address.host)
+        group: object = ("its own", number)
+        if place.leaves_port_to_os:
+            address: Any = place.address
+            host = ipaddress.ip_address(address.host)
+            group = ("free", times[host])
+            times[host] += 1
+        groups.setdefault(group, []).append(number)
+    return groups.values()
 
 
 def _open_with_one_port(

@@ -9,6 +9,7 @@ logged there.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any
 
@@ -34,25 +35,20 @@ from tcpsvc.transport import tells
 #: What a protocol's own interfaces are passed on for.
 _OPTIONAL = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
 
-_ORDINARY_REASONS: tuple[type[Exception], ...] = (
+_ORDINARY_REASONS: list[type[Exception]] = [
     ConnectionDone,
     ConnectionLost,
     ConnectionAborted,
-)
-try:
-    from OpenSSL.SSL import Error as _TLSError
-except ImportError:  # pragma: no cover
-    pass
-else:
-    _ORDINARY_REASONS += (_TLSError,)
+]
+with contextlib.suppress(ImportError):
+    from OpenSSL.SSL import Error
 
-# What Twisted's certificate verification ends a connection with.
-try:
-    from service_identity import VerificationError as _VerificationError
-except ImportError:  # pragma: no cover
-    pass
-else:
-    _ORDINARY_REASONS += (_VerificationError,)
+    _ORDINARY_REASONS.append(Error)
+with contextlib.suppress(ImportError):
+    # What Twisted's certificate verification ends a connection with.
+    from service_identity import VerificationError
+
+    _ORDINARY_REASONS.append(VerificationError)
 
 
 class _Below:
@@ -101,11 +97,7 @@ class ProtocolConnection(Connection[AddressT]):
     )
 
     def __init__(
-        self,
-        factory: Owner,
-        id: int,
-        peer: AddressT,
-        user_factory: IProtocolFactory,
+        self, factory: Owner, id: int, peer: AddressT, user_factory: IProtocolFactory
     ) -> None:
         super().__init__(factory, id, peer)
         self._user_factory = user_factory

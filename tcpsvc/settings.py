@@ -24,7 +24,14 @@ from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
 from tcpsvc.options import AcceptErrorCallable
-from tcpsvc.overflow import Overflow, Refusal, Reply, check_overflow, check_refusal
+from tcpsvc.overflow import (
+    OVERFLOWS,
+    REFUSALS,
+    Overflow,
+    Refusal,
+    Reply,
+    check_word_or_reply,
+)
 from tcpsvc.peers import PREFIXES
 from tcpsvc.rate import Rate
 from tcpsvc.reasons import LIMITS
@@ -75,6 +82,9 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "allow": lambda name, value: None if value is None else networks(name, value),
     "deny": lambda name, value: networks(name, () if value is None else value),
     "dry_run": limits,
+    "max_connections": lambda _, value: (
+        default_max_connections() if value is None else value
+    ),
 }
 
 
@@ -137,8 +147,8 @@ class Settings:
             positive("min_throughput", self.min_throughput, "bytes a second")
         if self.max_connections_per_peer is not None:
             at_least_one("max_connections_per_peer", self.max_connections_per_peer)
-        check_overflow(self.overflow)
-        check_refusal(self.refusal)
+        check_word_or_reply("overflow", self.overflow, OVERFLOWS)
+        check_word_or_reply("refusal", self.refusal, REFUSALS)
         check_prefixes("peer_prefixes", self.peer_prefixes)
         one_of("on_exhaustion", self.on_exhaustion, EXHAUSTION_POLICIES)
         if self.on_accept_error is not None and not callable(self.on_accept_error):
@@ -167,9 +177,7 @@ def check_options(
         raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}")
     if options.get("observer") is not None:
         check_observer(options["observer"])
-    values = _formed(options)
-    if values.get("max_connections") is None:
-        values["max_connections"] = default_max_connections()
+    values = _formed({"max_connections": None, **options})
     return Settings(on_handler_error, **values)
 
 
@@ -187,10 +195,7 @@ def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> S
             raise TypeError(f"{name}={value!r} cannot be changed so: {_INSTEAD[name]}")
         if name not in known.__optional_keys__:
             raise TypeError(f"{name}={value!r} is no option of this server")
-    changed = _formed(changes)
-    if "max_connections" in changed and changed["max_connections"] is None:
-        changed["max_connections"] = default_max_connections()
-    return replace(settings, **changed)
+    return replace(settings, **_formed(changes))
 
 
 #: What :func:`change_options` cannot change, and what to do instead.
