@@ -102,9 +102,7 @@ class ServerFactory(Entrance):
         A factory around any protocol factory (spec P).
 
         :param factory: builds a protocol for each connection.
-        :param options: of :class:`tcpsvc.Options`, as in :meth:`of_streams`.
-        :raises ValueError: an option has a bad value.
-        :raises TypeError: an option is unknown, or of the wrong kind.
+        :param options: of :class:`tcpsvc.Options`; all else as in :meth:`of_streams`.
         """
         made = cls._of(
             ProtocolConnection, factory, on_handler_error, Options, dict(options)

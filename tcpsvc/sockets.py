@@ -154,16 +154,13 @@ def open_unix(
     path = absolute(path)
     try:
         made = make_socket(socket.AF_UNIX)
+        try:
+            return made, bind_unix(made, path, backlog=backlog, mode=mode)
+        except BaseException:
+            made.close()
+            raise
     except OSError as error:
         raise CannotListenError(None, path, error) from error
-    try:
-        return made, bind_unix(made, path, backlog=backlog, mode=mode)
-    except OSError as error:
-        made.close()
-        raise CannotListenError(None, path, error) from error
-    except BaseException:
-        made.close()
-        raise
 
 
 def listen_on_given(
