@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,16 +30,12 @@ from benchmarks.results import Results
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _names(known: dict[str, object]) -> str:
-    return ", ".join(known)
-
-
-def _choice(known: dict[str, object], given: list[str] | None) -> list[str]:
+def _choice(known: Collection[str], given: list[str] | None) -> list[str]:
     """What is asked for, in the catalog's order; by default all of it."""
     wanted = [name.strip() for text in given or [] for name in text.split(",")]
     unknown = sorted(set(wanted) - set(known))
     if unknown:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {_names(known)}")
+        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     return [name for name in known if not wanted or name in wanted]
 
 
@@ -53,13 +50,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--work",
         action="append",
         metavar="NAMES",
-        help=f"kinds of work, with commas between: {_names({**WORKS})} (default: all)",
+        help=f"kinds of work, with commas between: {', '.join(WORKS)} (default: all)",
     )
     parser.add_argument(
         "--only",
         action="append",
         metavar="NAMES",
-        help=f"servers, with commas between: {_names({**PEERS})} (default: all)",
+        help=f"servers, with commas between: {', '.join(PEERS)} (default: all)",
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="how often (default: %(default)s)"
@@ -82,8 +79,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")
-    options.work = _choice({**WORKS}, options.work)
-    options.only = _choice({**PEERS}, options.only)
+    options.work = _choice(WORKS, options.work)
+    options.only = _choice(PEERS, options.only)
     return options
 
 

@@ -98,10 +98,7 @@ def _ratios(results: Results) -> list[str]:
         f"The same as multiples of {OURS}'s. These are what to compare: the figures "
         "above change with the machine, and these change less."
     )
-    return [
-        text,
-        _table(results, lambda work, peer: times(results.ratio(work, peer))),
-    ]
+    return [text, _table(results, lambda work, peer: times(results.ratio(work, peer)))]
 
 
 def _notes(results: Results) -> list[str]:

@@ -48,8 +48,8 @@ nitpick_ignore_regex = [
     ("py:class", r"(tcpsvc\.where\.)?(AddressT|ListeningOnT)"),
     ("py:class", r"OnHandlerError|StreamHandler|SockHandler|Places|How"),
     # What a signature names and only the inside uses.
-    ("py:class", r"(tcpsvc\.connection\.)?Connection|tcpsvc\.testing\._HasCleanup"),
-    ("py:class", r"tcpsvc\.writer\.Output|tcpsvc\.listeners\.Listeners"),
+    ("py:class", r"(tcpsvc\.connection\.)?Connection|tcpsvc\.listeners\.Listeners"),
+    ("py:class", r"tcpsvc\.writer\.Output|tcpsvc\.testing\.ports\._HasCleanup"),
 ]
 
 # In annotations an interface shows as its name, not as <InterfaceClass name>.

@@ -10,10 +10,10 @@ from typing import Any
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from tcpsvc.address_text import address_text
 from tcpsvc.connection import Connection
 from tcpsvc.drain_options import GRACE
 from tcpsvc.factory import ServerFactory
-from tcpsvc.where import address_text
 
 #: How many clients a line names.
 MOST_NAMED = 10

@@ -17,8 +17,8 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc.address_text import address_text
 from tcpsvc.service import TcpService
-from tcpsvc.where import address_text
 
 _log = Logger(namespace="tcpsvc")
 

@@ -27,13 +27,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import addresses_text
 from tcpsvc.connection import Connection
 from tcpsvc.drain_lines import NEAR, Lines
 from tcpsvc.drain_options import Durations
 from tcpsvc.drain_report import DrainReport, Tally
 from tcpsvc.factory import ServerFactory
 from tcpsvc.reasons import Reason
-from tcpsvc.where import addresses_text
 
 #: How often at most it closes some of what is left while it spreads that, in seconds.
 SPREAD_INTERVAL = 0.02

@@ -21,6 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc import kernel
+from tcpsvc.address_text import addresses_text
 from tcpsvc.admission import Admission, host_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
@@ -29,9 +30,10 @@ from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
-from tcpsvc.protocol_connection import Aborter, ProtocolConnection, Refuser
+from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.reasons import LIMITS, Reason
 from tcpsvc.refusal_log import RefusalLog
+from tcpsvc.refuser import Aborter, Refuser
 from tcpsvc.refusing import Replies
 from tcpsvc.settings import Settings
 from tcpsvc.slots import Slots
@@ -39,7 +41,6 @@ from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-from tcpsvc.where import addresses_text
 
 #: The options that a reason is the limit of.
 _LIMITS_OF = {

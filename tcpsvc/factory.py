@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
-from twisted.internet.interfaces import (
-    IProtocolFactory,
-    IProtocolNegotiationFactory,
-)
+from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, noLongerProvides
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.checks import at_least_one
 from tcpsvc.connection import Connection
 from tcpsvc.entrance import Entrance, nothing
 from tcpsvc.exhaustion import Exhaustion
@@ -30,13 +28,7 @@ from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.reasons import Reason
-from tcpsvc.settings import (
-    Settings,
-    at_least_one,
-    change_options,
-    check_options,
-    describe_settings,
-)
+from tcpsvc.settings import Settings, change_options, check_options, describe_settings
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
 
@@ -60,26 +52,10 @@ class ServerFactory(Entrance):
     """
 
     def __init__(
-        self,
-        kind: Callable[..., Any],
-        handler: Any,
-        settings: Settings,
-        *,
-        options: Any = Options,
-        reactor: Any = None,
-        clock: Any = None,
-        observer: Any = None,
+        self, kind: Callable[..., Any], handler: Any, settings: Settings, **options: Any
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
-        super().__init__(
-            kind,
-            handler,
-            settings,
-            options=options,
-            reactor=reactor,
-            clock=clock,
-            observer=observer,
-        )
+        super().__init__(kind, handler, settings, **options)
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
         self._when_over = Event()
@@ -117,14 +93,8 @@ class ServerFactory(Entrance):
         :raises ValueError: an option has a bad value.
         :raises TypeError: an option is unknown, or of the wrong kind.
         """
-        settings = check_options(StreamOptions, on_handler_error, dict(options))
-        check_callable(handler)
-        return cls(
-            StreamConnection,
-            handler,
-            settings,
-            options=StreamOptions,
-            **_not_settings(options),
+        return cls._of(
+            StreamConnection, handler, on_handler_error, StreamOptions, dict(options)
         )
 
     @classmethod
@@ -139,23 +109,13 @@ class ServerFactory(Entrance):
         A factory around any protocol factory (spec P).
 
         :param factory: builds a protocol for each connection.
-        :param options: of :class:`tcpsvc.Options`, as in :meth:`of_streams`.
-        :raises ValueError: an option has a bad value.
-        :raises TypeError: an option is unknown, or of the wrong kind.
+        :param options: of :class:`tcpsvc.Options`; all else as in :meth:`of_streams`.
         """
-        settings = check_options(Options, on_handler_error, dict(options))
-        check_protocol_factory(factory)
-        made = cls(ProtocolConnection, factory, settings, **_not_settings(options))
+        made = cls._of(
+            ProtocolConnection, factory, on_handler_error, Options, dict(options)
+        )
         made._negotiate_as(factory)
         return made
-
-    def _negotiate_as(self, factory: Any) -> None:
-        """TLS asks the factory that it wraps which protocols it speaks (ALPN)."""
-        if IProtocolNegotiationFactory.providedBy(factory):
-            self.acceptableProtocols = factory.acceptableProtocols
-            alsoProvides(self, IProtocolNegotiationFactory)
-        elif IProtocolNegotiationFactory.providedBy(self):
-            noLongerProvides(self, IProtocolNegotiationFactory)
 
     @classmethod
     def of_socks(
@@ -173,9 +133,31 @@ class ServerFactory(Entrance):
         :param handler: called as ``handler(address, socket)``.
         :param options: of :class:`tcpsvc.Options`, as in :meth:`of_streams`.
         """
-        settings = check_options(Options, on_handler_error, dict(options))
-        check_callable(handler)
-        return cls(SockConnection, handler, settings, **_not_settings(options))
+        return cls._of(
+            SockConnection, handler, on_handler_error, Options, dict(options)
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        kind: Callable[..., Any],
+        handler: Any,
+        on_handler_error: OnHandlerError,
+        known: Any,
+        options: dict[str, Any],
+    ) -> ServerFactory:
+        settings = check_options(known, on_handler_error, options)
+        _check_handler(kind, handler)
+        others = {name: options.get(name) for name in ("reactor", "clock", "observer")}
+        return cls(kind, handler, settings, options=known, **others)
+
+    def _negotiate_as(self, factory: Any) -> None:
+        """TLS asks the factory that it wraps which protocols it speaks (ALPN)."""
+        if IProtocolNegotiationFactory.providedBy(factory):
+            self.acceptableProtocols = factory.acceptableProtocols
+            alsoProvides(self, IProtocolNegotiationFactory)
+        elif IProtocolNegotiationFactory.providedBy(self):
+            noLongerProvides(self, IProtocolNegotiationFactory)
 
     # Who is admitted.
 
@@ -222,10 +204,8 @@ class ServerFactory(Entrance):
         :param handler: a function, or a protocol factory where it was one.
         :raises TypeError: it is not of that kind.
         """
-        if self._kind is not ProtocolConnection:
-            check_callable(handler)
-        else:
-            check_protocol_factory(handler)
+        _check_handler(self._kind, handler)
+        if self._kind is ProtocolConnection:
             # Twisted tells a factory how many ports it has.
             for _ in range(self.numPorts):
                 handler.doStart()
@@ -436,21 +416,9 @@ class ServerFactory(Entrance):
         )
 
 
-def _not_settings(options: Any) -> dict[str, Any]:
-    return {name: options.get(name) for name in ("reactor", "clock", "observer")}
-
-
-def check_protocol_factory(factory: object) -> None:
-    """
-    :raises TypeError: it builds no protocols.
-    """
-    if not callable(getattr(factory, "buildProtocol", None)):
-        raise TypeError(f"factory={factory!r} has no buildProtocol")
-
-
-def check_callable(handler: object) -> None:
-    """
-    :raises TypeError: a handler is not callable.
-    """
-    if not callable(handler):
+def _check_handler(kind: object, handler: object) -> None:
+    if kind is ProtocolConnection:
+        if not callable(getattr(handler, "buildProtocol", None)):
+            raise TypeError(f"factory={handler!r} has no buildProtocol")
+    elif not callable(handler):
         raise TypeError(f"handler={handler!r} is not callable")

@@ -2,6 +2,9 @@
 What others may implement, or rely on: zope interfaces of the public objects.
 """
 
+# Methods of zope interfaces have no annotations that mypy could read.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from zope.interface import Attribute, Interface
@@ -17,31 +20,31 @@ class IReader(Interface):
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
 
-    def read(n=-1):  # type: ignore[no-untyped-def]
+    def read(n=-1):
         """At most ``n`` bytes; until EOF when negative. A coroutine."""
 
-    def readline():  # type: ignore[no-untyped-def]
+    def readline():
         """One line with its end. A coroutine."""
 
-    def readuntil(separator=b"\n"):  # type: ignore[no-untyped-def]
+    def readuntil(separator=b"\n"):
         """Everything up to and with a separator. A coroutine."""
 
-    def readexactly(n):  # type: ignore[no-untyped-def]
+    def readexactly(n):
         """Exactly ``n`` bytes. A coroutine."""
 
-    def peek(n):  # type: ignore[no-untyped-def]
+    def peek(n):
         """The next ``n`` bytes, which stay. A coroutine."""
 
-    def drain_to_eof():  # type: ignore[no-untyped-def]
+    def drain_to_eof():
         """Discard everything until EOF. A coroutine."""
 
-    def eof_when_draining(wanted=True):  # type: ignore[no-untyped-def]
+    def eof_when_draining(wanted=True):
         """Whether to be at EOF when nothing is buffered while the server drains."""
 
-    def at_eof():  # type: ignore[no-untyped-def]
+    def at_eof():
         """Whether everything before EOF was read."""
 
-    def close():  # type: ignore[no-untyped-def]
+    def close():
         """Close the whole connection at once."""
 
 
@@ -58,34 +61,34 @@ class IWriter(Interface):
     peer = Attribute("The client's address.")
     host = Attribute("The own address of the connection.")
 
-    def write(data):  # type: ignore[no-untyped-def]
+    def write(data):
         """Write bytes without waiting."""
 
-    def writelines(lines):  # type: ignore[no-untyped-def]
+    def writelines(lines):
         """Write several pieces of bytes."""
 
-    def drain():  # type: ignore[no-untyped-def]
+    def drain():
         """Wait until the buffer is small. A coroutine."""
 
-    def flushed():  # type: ignore[no-untyped-def]
+    def flushed():
         """A Deferred: the kernel has all that was written so far."""
 
-    def close():  # type: ignore[no-untyped-def]
+    def close():
         """Close when all is sent."""
 
-    def close_finished():  # type: ignore[no-untyped-def]
+    def close_finished():
         """A Deferred: the socket is closed."""
 
-    def write_eof():  # type: ignore[no-untyped-def]
+    def write_eof():
         """Close the write side when all is sent."""
 
-    def consumer_left():  # type: ignore[no-untyped-def]
+    def consumer_left():
         """A Deferred: the client has left."""
 
-    def when_draining():  # type: ignore[no-untyped-def]
+    def when_draining():
         """A Deferred: the server drains."""
 
-    def abort():  # type: ignore[no-untyped-def]
+    def abort():
         """Close at once with a reset."""
 
 
@@ -107,55 +110,55 @@ class IServer(Interface):
     #: An attribute, since mypy-zope has no word for ``Unpack``.
     change = Attribute("``change(**options)``: other ones from now on, all or none.")
 
-    def connection(id):  # type: ignore[no-untyped-def]
+    def connection(id):
         """The live IConnection of a number."""
 
-    def when_connections(condition):  # type: ignore[no-untyped-def]
+    def when_connections(condition):
         """A Deferred: the number of taken slots is as one wishes."""
 
-    def set_handler(handler):  # type: ignore[no-untyped-def]
+    def set_handler(handler):
         """Serve new connections with another handler."""
 
-    def add_observer(observer):  # type: ignore[no-untyped-def]
+    def add_observer(observer):
         """Tell an IObserver what happens from now on."""
 
-    def remove_observer(observer):  # type: ignore[no-untyped-def]
+    def remove_observer(observer):
         """Tell it no more."""
 
-    def cancel_handlers():  # type: ignore[no-untyped-def]
+    def cancel_handlers():
         """Cancel every handler that still runs."""
 
-    def close(*, close_existing_connections=False, cancel_handlers=False):  # type: ignore[no-untyped-def]
+    def close(*, close_existing_connections=False, cancel_handlers=False):
         """Close the listening sockets; a Deferred of one's own."""
 
-    def drain(*, announce=0.0, timeout=30.0, spread=0.0, grace=1.0):  # type: ignore[no-untyped-def]
+    def drain(*, announce=0.0, timeout=30.0, spread=0.0, grace=1.0):
         """Close it, and see it to its end; a Deferred of a tcpsvc.DrainReport."""
 
-    def force_drain():  # type: ignore[no-untyped-def]
+    def force_drain():
         """Hurry that: close, cancel and reset what is left."""
 
-    def close_finished():  # type: ignore[no-untyped-def]
+    def close_finished():
         """A Deferred: the listening sockets are closed."""
 
-    def close_finished_and_handlers_determined():  # type: ignore[no-untyped-def]
+    def close_finished_and_handlers_determined():
         """A Deferred: closed, and no connection is live."""
 
-    def failed():  # type: ignore[no-untyped-def]
+    def failed():
         """A Deferred that fails with the error that closed the server."""
 
-    def pause(how):  # type: ignore[no-untyped-def]
+    def pause(how):
         """Accept nobody for a while; a Deferred of one's own."""
 
-    def resume():  # type: ignore[no-untyped-def]
+    def resume():
         """Accept again; a Deferred of one's own."""
 
-    def set_drop_incoming_connections(drop):  # type: ignore[no-untyped-def]
+    def set_drop_incoming_connections(drop):
         """Drop incoming clients, or stop dropping them."""
 
-    def invariant():  # type: ignore[no-untyped-def]
+    def invariant():
         """Raise AssertionError when the server's state is broken."""
 
-    def describe():  # type: ignore[no-untyped-def]
+    def describe():
         """A JSON-able description."""
 
 
@@ -172,19 +175,19 @@ class IConnection(Interface):
     holds_slot = Attribute("Whether it counts against max_connections.")
     draining = Attribute("Whether the server drains.")
 
-    def when_draining():  # type: ignore[no-untyped-def]
+    def when_draining():
         """A Deferred: the server drains."""
 
-    def snapshot():  # type: ignore[no-untyped-def]
+    def snapshot():
         """Its state now, a tcpsvc.ConnectionSnapshot."""
 
-    def close():  # type: ignore[no-untyped-def]
+    def close():
         """Close it at once and orderly, as the server's close does."""
 
-    def abort():  # type: ignore[no-untyped-def]
+    def abort():
         """Close it with a reset."""
 
-    def uncount():  # type: ignore[no-untyped-def]
+    def uncount():
         """It holds no slot from now on, and stays live."""
 
 
@@ -194,44 +197,44 @@ class IObserver(Interface):
     override some of it.
     """
 
-    def connection_accepted(connection):  # type: ignore[no-untyped-def]
+    def connection_accepted(connection):
         """An IConnection has taken a slot."""
 
-    def connection_refused(address, reason):  # type: ignore[no-untyped-def]
+    def connection_refused(address, reason):
         """A client was not let in, for a tcpsvc.Reason."""
 
-    def refused_in_dry_run(address, reason):  # type: ignore[no-untyped-def]
+    def refused_in_dry_run(address, reason):
         """It would have been refused, or ended, but for ``dry_run``."""
 
-    def handler_started(connection):  # type: ignore[no-untyped-def]
+    def handler_started(connection):
         """The handler of an IConnection runs."""
 
-    def handler_ended(connection, outcome, failure):  # type: ignore[no-untyped-def]
+    def handler_ended(connection, outcome, failure):
         """
         It has ended: ``"finished"``, ``"left"`` (its connection was gone, or it was
         cancelled), or ``"failed"``, with its Failure.
         """
 
-    def connection_finished(connection):  # type: ignore[no-untyped-def]
+    def connection_finished(connection):
         """
         An IConnection is over: its reason, age and bytes are final. Its slot is free,
         and its handler's error reported, when all have been told.
         """
 
-    def limit_reached(limit):  # type: ignore[no-untyped-def]
+    def limit_reached(limit):
         """A limit, by the name of its option: further clients wait, or are refused."""
 
-    def accept_failed(error):  # type: ignore[no-untyped-def]
+    def accept_failed(error):
         """Accepting has failed with an OSError."""
 
-    def server_paused(how):  # type: ignore[no-untyped-def]
+    def server_paused(how):
         """It accepts nobody: ``"hold"`` or ``"refuse"``."""
 
-    def server_resumed():  # type: ignore[no-untyped-def]
+    def server_resumed():
         """It accepts again."""
 
-    def server_draining():  # type: ignore[no-untyped-def]
+    def server_draining():
         """A drain has begun."""
 
-    def server_drained(report):  # type: ignore[no-untyped-def]
+    def server_drained(report):
         """It is over; with its report."""

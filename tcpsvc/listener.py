@@ -13,16 +13,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import address_text
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import Gate, can_gate
 from tcpsvc.listening import close_at_once
-from tcpsvc.where import (
-    AddressT,
-    ListeningOnT,
-    SocketPlace,
-    WhereToListen,
-    address_text,
-)
+from tcpsvc.where import AddressT, ListeningOnT, SocketPlace, WhereToListen
 
 
 class Listener(Generic[AddressT, ListeningOnT]):

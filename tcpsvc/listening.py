@@ -10,12 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from twisted.internet.defer import (
-    Deferred,
-    FirstError,
-    gatherResults,
-    maybeDeferred,
-)
+from twisted.internet.defer import Deferred, FirstError, gatherResults, maybeDeferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
@@ -25,13 +20,9 @@ from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import can_gate
 from tcpsvc.places import discard_all, open_all
 from tcpsvc.port import port_over
-from tcpsvc.sockets import SocketMaker, stream_socket
 from tcpsvc.where import EndpointPlace, SocketPlace, WhereToListen
 
 _log = Logger(namespace="tcpsvc")
-
-#: What opens every listening socket; tests put one that fails in its place.
-make_socket: SocketMaker = stream_socket
 
 
 def listen_now(
@@ -46,7 +37,7 @@ def listen_now(
     :raises CannotListenError: the kernel refused.
     :raises ValueError: ``given`` does not fit.
     """
-    opened = deque(open_all(places, factory.settings.backlog, given, make_socket))
+    opened = deque(open_all(places, factory.settings.backlog, given))
     ports: list[IListeningPort] = []
     try:
         while opened:
@@ -144,10 +135,7 @@ def listen_on_endpoint(
             error = ValueError(
                 f"endpoint={str(where)!r} does not hand out plain sockets: use create"
             )
-            try:
-                close_at_once(port)
-            except Exception:
-                _log.failure("closing an unwanted port failed")
+            close_all_at_once([port])
             failed(Failure(error))
         else:
             if can_gate(port):

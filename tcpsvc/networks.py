@@ -5,13 +5,7 @@ IP networks, and which hosts are in them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from ipaddress import (
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_interface,
-)
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 
 from tcpsvc.addresses import network_of, number_of, packed_of
 
@@ -66,9 +60,7 @@ class Networks:
     def __iter__(self) -> Iterator[IPv4Network | IPv6Network]:
         """IPv4 first, in the order of their addresses."""
         found = map(network_of, self._numbers)
-        return iter(
-            sorted(found, key=lambda n: (n.version, int(n[0]), n.prefixlen)),
-        )
+        return iter(sorted(found, key=lambda n: (n.version, int(n[0]), n.prefixlen)))
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -41,21 +41,10 @@ Refusal = Literal["drop", "reset"] | Reply
 REFUSALS = ("drop", "reset")
 
 
-def check_overflow(value: object) -> None:
+def check_word_or_reply(name: str, value: object, words: tuple[str, ...]) -> None:
     """
-    :raises ValueError: it is no :data:`Overflow`.
+    :raises ValueError: it is neither one of the words nor a :class:`Reply`.
     """
-    _check("overflow", value, OVERFLOWS)
-
-
-def check_refusal(value: object) -> None:
-    """
-    :raises ValueError: it is no :data:`Refusal`.
-    """
-    _check("refusal", value, REFUSALS)
-
-
-def _check(name: str, value: object, words: tuple[str, ...]) -> None:
     if not (isinstance(value, Reply) or (isinstance(value, str) and value in words)):
         raise ValueError(
             f"{name}={value!r} is not one of {', '.join(map(repr, words))} or a "

@@ -26,10 +26,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import addresses_text
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.listeners import Listeners
-from tcpsvc.where import SocketPlace, addresses_text
+from tcpsvc.where import SocketPlace
 
 #: The ways to pause: leave clients in the backlog, or refuse them.
 How = Literal["hold", "refuse"]

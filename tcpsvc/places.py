@@ -8,18 +8,18 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from twisted.internet.error import CannotListenError
 from twisted.logger import Logger
 
-from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, SocketMaker
+from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, ListeningSocket
 from tcpsvc.where import (
     AddressT,
     EndpointPlace,
     ListeningOnT,
-    ListeningSocket,
     SocketPlace,
     WhereToListen,
 )
@@ -58,10 +58,7 @@ def places_text(places: Iterable[WhereToListen[Any, Any]]) -> str:
 
 
 def open_all(
-    places: Sequence[SocketPlace[Any, Any]],
-    backlog: int,
-    given: socket.socket | None,
-    make_socket: SocketMaker,
+    places: Sequence[SocketPlace[Any, Any]], backlog: int, given: socket.socket | None
 ) -> list[ListeningSocket]:
     """
     Bind and listen on all places, or on none.
@@ -71,61 +68,39 @@ def open_all(
     """
     opened: dict[int, ListeningSocket] = {}
     try:
-        for number, place in enumerate(places):
-            if number in opened:
-                continue
-            group = _with_one_port(places, number)
-            if len(group) > 1:
-                made = _open_with_one_port(
-                    [places[n] for n in group], backlog, make_socket
-                )
-                opened.update(zip(group, made, strict=True))
+        for group in _with_one_port(places):
+            if len(group) == 1:
+                made = [places[group[0]].open(backlog, given)]
             else:
-                opened[number] = place.open(backlog, given, make_socket)
+                made = _open_with_one_port([places[n] for n in group], backlog)
+            opened.update(zip(group, made, strict=True))
     except BaseException:
         discard_all(opened.values())
         raise
     return [opened[number] for number in range(len(places))]
 
 
-def _with_one_port(places: Sequence[SocketPlace[Any, Any]], first: int) -> list[int]:
+def _with_one_port(places: Sequence[SocketPlace[Any, Any]]) -> Iterable[list[int]]:
     """
-    Which of the places are to have the port of the first. An address that comes
-    again cannot: it begins with a port of its own, which is what someone who asks
-    for a free port twice wants.
+    Which of the places are to have one port, by their numbers: those that leave it to
+    the operating system. An address that comes again cannot: it begins with a port of
+    its own, which is what someone who asks for a free port twice wants.
     """
-    if not places[first].leaves_port_to_os:
-        return [first]
-    group: list[int] = []
-    hosts = set()
-    turn = _repetition(places, first)
+    groups: dict[object, list[int]] = {}
+    times: Counter[object] = Counter()
     for number, place in enumerate(places):
-        host = _host(place)
-        if (
-            place.leaves_port_to_os
-            and host not in hosts
-            and _repetition(places, number) == turn
-        ):
-            hosts.add(host)
-            group.append(number)
-    return group
-
-
-def _repetition(places: Sequence[SocketPlace[Any, Any]], number: int) -> int:
-    """How often a place's address has been there before, with a free port."""
-    host = _host(places[number])
-    return sum(p.leaves_port_to_os and _host(p) == host for p in places[:number])
-
-
-def _host(place: SocketPlace[Any, Any]) -> object:
-    address: Any = place.address
-    if not place.leaves_port_to_os:
-        return None
-    return ipaddress.ip_address(address.host)
+        group: object = ("its own", number)
+        if place.leaves_port_to_os:
+            address: Any = place.address
+            host = ipaddress.ip_address(address.host)
+            group = ("free", times[host])
+            times[host] += 1
+        groups.setdefault(group, []).append(number)
+    return groups.values()
 
 
 def _open_with_one_port(
-    places: Sequence[SocketPlace[Any, Any]], backlog: int, make_socket: SocketMaker
+    places: Sequence[SocketPlace[Any, Any]], backlog: int
 ) -> list[ListeningSocket]:
     """
     The first takes a free port, the others the same. It may be taken there: then
@@ -135,11 +110,11 @@ def _open_with_one_port(
     while True:
         opened: list[ListeningSocket] = []
         try:
-            opened.append(places[0].open(backlog, None, make_socket))
+            opened.append(places[0].open(backlog))
             chosen: Any = opened[0].address
             for place in places[1:]:
                 where = place.with_port(chosen.port)
-                opened.append(where.open(backlog, None, make_socket))
+                opened.append(where.open(backlog))
         except CannotListenError as error:
             discard_all(opened)
             why: OSError = error.socketError

@@ -24,7 +24,7 @@ from twisted.internet.protocol import ServerFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tcpsvc.where import ListeningSocket
+from tcpsvc.sockets import ListeningSocket
 
 _MAPPED = "::ffff:"
 

@@ -9,6 +9,7 @@ logged there.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any
 
@@ -21,68 +22,33 @@ from twisted.internet.interfaces import (
     IProtocol,
     IProtocolFactory,
 )
-from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
 from tcpsvc import kernel
 from tcpsvc.connection import AddressT, Connection, Owner
 from tcpsvc.reasons import Reason
+from tcpsvc.refuser import Refuser
 from tcpsvc.snapshot import Bytes
 from tcpsvc.transport import tells
 
 #: What a protocol's own interfaces are passed on for.
 _OPTIONAL = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
 
-_ORDINARY_REASONS: tuple[type[Exception], ...] = (
+_ORDINARY_REASONS: list[type[Exception]] = [
     ConnectionDone,
     ConnectionLost,
     ConnectionAborted,
-)
-try:
-    from OpenSSL.SSL import Error as _TLSError
-except ImportError:  # pragma: no cover
-    pass
-else:
-    _ORDINARY_REASONS += (_TLSError,)
+]
+with contextlib.suppress(ImportError):
+    from OpenSSL.SSL import Error
 
-# What Twisted's certificate verification ends a connection with.
-try:
-    from service_identity import VerificationError as _VerificationError
-except ImportError:  # pragma: no cover
-    pass
-else:
-    _ORDINARY_REASONS += (_VerificationError,)
+    _ORDINARY_REASONS.append(Error)
+with contextlib.suppress(ImportError):
+    # What Twisted's certificate verification ends a connection with.
+    from service_identity import VerificationError
 
-
-class Refuser(Protocol):
-    """
-    Ends its connection at once with FIN.
-
-    ``None`` from ``buildProtocol`` would do that on a plain port only; behind a
-    wrapping factory (TLS, PROXY, policies) it leaves the client hanging
-    (https://github.com/twisted/twisted/issues/5232).
-    """
-
-    def makeConnection(self, transport: Any) -> None:
-        """Close it: orderly where the socket is there, else as can be."""
-        base = kernel.base_transport(transport)
-        lose = getattr(base, "connectionLost", None)
-        if lose is None or base is not transport:
-            transport.abortConnection()
-        else:
-            lose(Failure(ConnectionDone()))
-
-    def dataReceived(self, data: bytes) -> None:
-        """It is not listened to."""
-
-
-class Aborter(Refuser):
-    """Ends its connection at once with RST."""
-
-    def makeConnection(self, transport: Any) -> None:
-        """Reset it."""
-        transport.abortConnection()
+    _ORDINARY_REASONS.append(VerificationError)
 
 
 class _Below:
@@ -130,11 +96,7 @@ class ProtocolConnection(Connection[AddressT]):
     )
 
     def __init__(
-        self,
-        factory: Owner,
-        id: int,
-        peer: AddressT,
-        user_factory: IProtocolFactory,
+        self, factory: Owner, id: int, peer: AddressT, user_factory: IProtocolFactory
     ) -> None:
         super().__init__(factory, id, peer)
         self._user_factory = user_factory

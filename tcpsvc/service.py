@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.address_text import address_text
 from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_options
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
@@ -22,7 +23,6 @@ from tcpsvc.handler import OnHandlerError
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.server import Server
-from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -171,33 +171,27 @@ class TcpService(Service):
             endpoint takes its time, and fails as
             :meth:`tcpsvc.Server.create`'s does.
         """
-        if self._bound is None:
+        bound = self._bound
+        if bound is None:
             bound = self._bound = Event()
             self._listening = self._listen()
             self._listening.addCallbacks(
-                self._has_bound,
-                self._not_bound,
-                callbackArgs=(bound,),
-                errbackArgs=(bound,),
+                partial(self._has_bound, bound), partial(self._not_bound, bound)
             )
-        else:
-            bound = self._bound
         return bound.wait()
 
     def _listen(self) -> Deferred[Server[Any, Any]]:
+        bind = partial(Server.bind, self.where, self._make_factory, self._options)
         if self.server is None:
-            return Server.bind(self.where, self._make_factory, self._options)
+            return bind()
         # Started again while the last server still drains: once its port is free.
-        freed = self.server.close_finished()
-        return freed.addCallback(
-            lambda _: Server.bind(self.where, self._make_factory, self._options)
-        )
+        return self.server.close_finished().addCallback(lambda _: bind())
 
-    def _has_bound(self, server: Server[Any, Any], bound: Event) -> None:
+    def _has_bound(self, bound: Event, server: Server[Any, Any]) -> None:
         self.server = server
         bound.happen()
 
-    def _not_bound(self, failure: Failure, bound: Event) -> None:
+    def _not_bound(self, bound: Event, failure: Failure) -> None:
         self._bound = None
         bound.fail(failure)
 

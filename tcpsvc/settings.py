@@ -5,18 +5,33 @@ the others (spec A2, W5). Everything is looked at before anything is opened.
 
 from __future__ import annotations
 
-import math
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tcpsvc.addresses import check_prefixes
+from tcpsvc.checks import (
+    at_least_one,
+    limits,
+    networks,
+    one_of,
+    positive,
+    rate,
+    seconds,
+)
 from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
 from tcpsvc.options import AcceptErrorCallable
-from tcpsvc.overflow import Overflow, Refusal, Reply, check_overflow, check_refusal
+from tcpsvc.overflow import (
+    OVERFLOWS,
+    REFUSALS,
+    Overflow,
+    Refusal,
+    Reply,
+    check_word_or_reply,
+)
 from tcpsvc.peers import PREFIXES
 from tcpsvc.rate import Rate
 from tcpsvc.reasons import LIMITS
@@ -60,88 +75,6 @@ def default_max_connections() -> int:
     return max(1, min(MOST_CONNECTIONS, soft - max(64, soft // 10)))
 
 
-def at_least_one(name: str, value: object) -> int:
-    """
-    :returns: the value.
-    :raises ValueError: ``value`` is below 1.
-    :raises TypeError: it is no int.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an int")
-    if value < 1:
-        raise ValueError(f"{name}={value} is below 1")
-    return value
-
-
-def positive(name: str, value: object, unit: str) -> float:
-    """
-    :returns: the value.
-    :raises ValueError: ``value`` is not above 0, or is not finite.
-    :raises TypeError: it is no number.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is not a number of {unit}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} is not above 0 {unit}")
-    return float(value)
-
-
-def seconds(name: str, value: object) -> float:
-    """As :func:`positive`, of seconds."""
-    return positive(name, value, "seconds")
-
-
-def rate(name: str, value: object) -> Rate | None:
-    """
-    The rate that an option means.
-
-    :raises ValueError: it is no rate.
-    :raises TypeError: it is nothing like one.
-    """
-    if value is None or isinstance(value, Rate):
-        return value
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is neither a Rate nor its text")
-    try:
-        return Rate.parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def networks(name: str, value: Any) -> Networks:
-    """
-    The networks that an option means.
-
-    :raises ValueError: one of them is none.
-    :raises TypeError: it is nothing like a list of them.
-    """
-    if isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is a text, not a list of networks")
-    try:
-        return Networks(value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def limits(name: str, value: Any) -> frozenset[str]:
-    """
-    The limits that an option names.
-
-    :raises ValueError: one of the names is no limit's.
-    :raises TypeError: they are no names.
-    """
-    if isinstance(value, bool):
-        return frozenset(LIMITS) if value else frozenset()
-    if isinstance(value, str) or not isinstance(value, Collection):
-        raise TypeError(f"{name}={value!r} is neither a bool nor a list of limits")
-    for limit in value:
-        if not isinstance(limit, str):
-            raise TypeError(f"{name}: {limit!r} is not the name of a limit")
-        if limit not in LIMITS:
-            raise ValueError(f"{name}: {limit!r} is not one of {', '.join(LIMITS)}")
-    return frozenset(value)
-
-
 #: Options that are given in more than one form, and what makes one of them.
 _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "accept_rate": rate,
@@ -149,6 +82,9 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "allow": lambda name, value: None if value is None else networks(name, value),
     "deny": lambda name, value: networks(name, () if value is None else value),
     "dry_run": limits,
+    "max_connections": lambda _, value: (
+        default_max_connections() if value is None else value
+    ),
 }
 
 
@@ -211,23 +147,16 @@ class Settings:
             positive("min_throughput", self.min_throughput, "bytes a second")
         if self.max_connections_per_peer is not None:
             at_least_one("max_connections_per_peer", self.max_connections_per_peer)
-        check_overflow(self.overflow)
-        check_refusal(self.refusal)
+        check_word_or_reply("overflow", self.overflow, OVERFLOWS)
+        check_word_or_reply("refusal", self.refusal, REFUSALS)
         check_prefixes("peer_prefixes", self.peer_prefixes)
-        if self.on_exhaustion not in EXHAUSTION_POLICIES:
-            raise ValueError(
-                f"on_exhaustion={self.on_exhaustion!r} is not one of "
-                + ", ".join(map(repr, EXHAUSTION_POLICIES))
-            )
+        one_of("on_exhaustion", self.on_exhaustion, EXHAUSTION_POLICIES)
         if self.on_accept_error is not None and not callable(self.on_accept_error):
             raise TypeError(
                 f"on_accept_error={self.on_accept_error!r} is no callable "
                 "f(error, server)"
             )
-        if self.engine not in ENGINES:
-            raise ValueError(
-                f"engine={self.engine!r} is not one of {', '.join(map(repr, ENGINES))}"
-            )
+        one_of("engine", self.engine, ENGINES)
         if self.backlog > MOST_BACKLOG:
             raise ValueError(f"backlog={self.backlog} is above {MOST_BACKLOG}")
 
@@ -248,9 +177,7 @@ def check_options(
         raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}")
     if options.get("observer") is not None:
         check_observer(options["observer"])
-    values = _formed(options)
-    if values.get("max_connections") is None:
-        values["max_connections"] = default_max_connections()
+    values = _formed({"max_connections": None, **options})
     return Settings(on_handler_error, **values)
 
 
@@ -268,10 +195,7 @@ def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> S
             raise TypeError(f"{name}={value!r} cannot be changed so: {_INSTEAD[name]}")
         if name not in known.__optional_keys__:
             raise TypeError(f"{name}={value!r} is no option of this server")
-    changed = _formed(changes)
-    if "max_connections" in changed and changed["max_connections"] is None:
-        changed["max_connections"] = default_max_connections()
-    return replace(settings, **changed)
+    return replace(settings, **_formed(changes))
 
 
 #: What :func:`change_options` cannot change, and what to do instead.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tcpsvc.settings import at_least_one
+from tcpsvc.checks import at_least_one
 
 
 class Slots:

@@ -7,35 +7,59 @@ of reactors. Whatever fails is closed, and unlinked, before the error leaves.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import socket
-import stat
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IAddress
+
+from tcpsvc.unix_paths import BoundPath, absolute, bind_unix
 
 #: How often port 0 is tried again after EADDRINUSE, as in Async (spec W3).
 MAX_RETRIES_UPON_ADDR_IN_USE = 10
 
-#: The longest path that fits ``sockaddr_un.sun_path`` with its final NUL.
-MAX_UNIX_PATH_BYTES = 107
 
-#: A starter holds the directory's lock for less than a millisecond. One that
-#: holds it longer than this is no starter, and is not waited for.
-LOCK_SECONDS = 1.0
-
-SocketMaker = Callable[[socket.AddressFamily], socket.socket]
-
-
-def stream_socket(family: socket.AddressFamily) -> socket.socket:
+@dataclass(slots=True)
+class ListeningSocket:
     """
-    A new non-blocking, close-on-exec stream socket. The default of every
-    ``make_socket`` here, and the place where a test makes opening fail.
+    An open listening socket, and what is owed to it when it is closed.
+
+    :ivar path: the UNIX path to unlink, or ``None``.
+    :ivar is_shared: others may hold it too: it is never shut down.
+    :ivar maps_ipv4: IPv4 clients arrive here as mapped IPv6 addresses.
+    """
+
+    socket: socket.socket
+    path: BoundPath | None = None
+    is_shared: bool = False
+    maps_ipv4: bool = False
+
+    @property
+    def address(self) -> IAddress:
+        """The address it is bound to, as Twisted says it."""
+        name = self.socket.getsockname()
+        if self.socket.family == socket.AF_UNIX:
+            return UNIXAddress(name)
+        if self.socket.family == socket.AF_INET6:
+            return IPv6Address("TCP", *name)
+        return IPv4Address("TCP", *name)
+
+    def discard(self) -> None:
+        """Close it unserved: the path first, then the descriptor."""
+        try:
+            if self.path is not None:
+                self.path.unlink()
+        finally:
+            self.socket.close()
+
+
+def make_socket(family: socket.AddressFamily) -> socket.socket:
+    """
+    A new non-blocking, close-on-exec stream socket. Tests put one that fails in the
+    place of this.
     """
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setblocking(False)
@@ -53,7 +77,6 @@ def open_inet(
     reuseaddr: bool,
     reuseport: bool,
     dual_stack: bool,
-    make_socket: SocketMaker = stream_socket,
 ) -> socket.socket:
     """
     Bind and listen on an IPv4 or IPv6 literal (spec W1 to W4).
@@ -61,7 +84,7 @@ def open_inet(
     :raises CannotListenError: with address and errno; after retries of port 0
         the message says how many there were.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = inet_family(host)
     retries = 0
     while True:
         made: socket.socket | None = None
@@ -99,6 +122,11 @@ def open_inet(
         return made
 
 
+def inet_family(host: str) -> socket.AddressFamily:
+    """The family of a literal."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def inet_sockaddr(host: str, port: int) -> tuple[object, ...]:
     """The sockaddr of a literal, with the scope of a link-local address."""
     if ":" not in host:
@@ -113,59 +141,8 @@ def inet_sockaddr(host: str, port: int) -> tuple[object, ...]:
     return found[0][4]
 
 
-@dataclass(frozen=True, slots=True)
-class BoundPath:
-    """A UNIX socket's path, as it was bound, and the inode that is there."""
-
-    path: str
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: str) -> BoundPath:
-        found = os.lstat(path)
-        return cls(path, found.st_dev, found.st_ino)
-
-    def unlink(self) -> bool:
-        """
-        Remove the path if it is still this server's (spec W6). To be called
-        while the descriptor is open: a freed inode's number is used again at
-        once.
-
-        :returns: whether anything was there.
-        :raises OSError: it is there, and could not be removed.
-        """
-        try:
-            found = os.lstat(self.path)
-            if (found.st_dev, found.st_ino) == (self.device, self.inode):
-                os.unlink(self.path)
-        except FileNotFoundError:
-            return False
-        return True
-
-
-def check_unix_path(path: str) -> None:
-    """
-    :raises ValueError: the path is empty, holds a NUL, or is too long.
-    """
-    encoded = os.fsencode(path)
-    if not encoded:
-        raise ValueError("path='' is no path for a UNIX socket")
-    if b"\0" in encoded:
-        raise ValueError(f"path={path!r} holds a NUL byte")
-    if len(encoded) > MAX_UNIX_PATH_BYTES:
-        raise ValueError(
-            f"path={path!r} has {len(encoded)} bytes, a UNIX socket's path "
-            f"at most {MAX_UNIX_PATH_BYTES}: choose a shorter directory"
-        )
-
-
 def open_unix(
-    path: str,
-    *,
-    backlog: int,
-    mode: int | None,
-    make_socket: SocketMaker = stream_socket,
+    path: str, *, backlog: int, mode: int | None
 ) -> tuple[socket.socket, BoundPath]:
     """
     Bind and listen on a UNIX path (spec W6, W9): a stale socket is replaced, a
@@ -174,123 +151,71 @@ def open_unix(
     :raises CannotListenError: with the path and the errno.
     :raises ValueError: the path, made absolute, is too long.
     """
-    path = os.path.abspath(path)
-    check_unix_path(path)
+    path = absolute(path)
     try:
         made = make_socket(socket.AF_UNIX)
-    except OSError as error:
-        raise CannotListenError(None, path, error) from error
-    try:
-        return made, bind_unix(made, path, backlog=backlog, mode=mode)
-    except OSError as error:
-        made.close()
-        raise CannotListenError(None, path, error) from error
-    except BaseException:
-        made.close()
-        raise
-
-
-def bind_unix(
-    made: socket.socket, path: str, *, backlog: int, mode: int | None
-) -> BoundPath:
-    """Bind a socket to an absolute path and listen. Raises plain ``OSError``."""
-    with directory_lock(os.path.dirname(path)):
-        remove_stale(path)
-        made.bind(path)
-        bound = BoundPath.of(path)
         try:
-            if mode is not None:
-                # Nobody can connect before listen: the mode is there in time.
-                os.chmod(path, mode)
-            made.listen(backlog)
+            return made, bind_unix(made, path, backlog=backlog, mode=mode)
         except BaseException:
-            bound.unlink()
+            made.close()
             raise
-    return bound
-
-
-@contextlib.contextmanager
-def directory_lock(directory: str) -> Iterator[None]:
-    """
-    An exclusive ``flock`` on a directory: two starters do not both find the
-    same stale path and remove each other's new one. It leaves nothing behind.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(
-                        errno.EAGAIN,
-                        f"another process holds the lock of directory {directory!r}",
-                    ) from None
-                time.sleep(0.001)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove_stale(path: str) -> None:
-    """
-    Unlink a socket that no process serves.
-
-    A SOCK_DGRAM socket cannot connect to a stream server, and the kernel says
-    why: ECONNREFUSED when no process holds the other end, EPROTOTYPE when one
-    does, even if it does not listen yet or its backlog is full. The server
-    hears nothing of it.
-
-    :raises OSError: what is there is alive, or no socket, or cannot be removed.
-    """
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EADDRINUSE, "a file that is no socket is there; left alone")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            pass
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno != errno.EPROTOTYPE:
-                raise
-            raise OSError(errno.EADDRINUSE, "a server is alive there") from error
-        else:
-            raise OSError(errno.EADDRINUSE, "a datagram server is alive there")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    except OSError as error:
+        raise CannotListenError(None, path, error) from error
 
 
 def listen_on_given(
     given: socket.socket,
-    sockaddr: tuple[object, ...] | str,
+    where: tuple[str, int] | str,
     backlog: int,
     mode: int | None = None,
-) -> BoundPath | None:
+) -> ListeningSocket:
     """
     Bind and listen on the caller's own socket, setting no option and retrying
-    nothing (spec W7).
+    nothing (spec W7). It is closed if this fails.
 
+    :param where: a literal and a port, or a path.
     :raises CannotListenError: with address and errno.
+    :raises ValueError: it is bound, of another family or no stream.
     """
-    given.setblocking(False)
     try:
-        if isinstance(sockaddr, str):
-            return bind_unix(given, sockaddr, backlog=backlog, mode=mode)
-        given.bind(sockaddr)
-        given.listen(backlog)
-    except OSError as error:
-        if isinstance(sockaddr, str):
-            raise CannotListenError(None, sockaddr, error) from error
-        raise CannotListenError(sockaddr[0], sockaddr[1], error) from error
-    return None
+        sockaddr: tuple[object, ...] | str
+        if isinstance(where, str):
+            _check_given(given, socket.AF_UNIX)
+            sockaddr = absolute(where)
+        else:
+            _check_given(given, inet_family(where[0]))
+            sockaddr = inet_sockaddr(*where)
+        given.setblocking(False)
+        try:
+            if isinstance(sockaddr, str):
+                path = bind_unix(given, sockaddr, backlog=backlog, mode=mode)
+                return ListeningSocket(given, path=path)
+            given.bind(sockaddr)
+            given.listen(backlog)
+        except OSError as error:
+            if isinstance(sockaddr, str):
+                raise CannotListenError(None, sockaddr, error) from error
+            raise CannotListenError(sockaddr[0], sockaddr[1], error) from error
+        return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
+    except BaseException:
+        close_given(given)
+        raise
+
+
+def _check_given(given: socket.socket, family: int) -> None:
+    if not isinstance(given, socket.socket):
+        raise TypeError(f"socket={given!r} is not a socket.socket")
+    if given.family != family or given.type != socket.SOCK_STREAM:
+        raise ValueError(
+            f"socket={given!r} does not fit: a stream socket of family "
+            f"{socket.AddressFamily(family).name} is needed"
+        )
+    name = given.getsockname()
+    if name if given.family == socket.AF_UNIX else name[1]:
+        raise ValueError(
+            f"socket={given!r} is bound already: give an unbound one, or use "
+            "WhereToListen.of_fd for one that listens"
+        )
 
 
 def close_given(given: object) -> None:
@@ -299,7 +224,43 @@ def close_given(given: object) -> None:
         given.close()
 
 
-def is_unbound(given: socket.socket) -> bool:
-    """Whether a socket has no local address yet."""
-    name = given.getsockname()
-    return not name if given.family == socket.AF_UNIX else name[1] == 0
+def adopt(fd: int, *, own: bool) -> ListeningSocket:
+    """
+    A descriptor that listens already.
+
+    :param own: take it over; else it is duplicated.
+    :raises ValueError: it does not listen.
+    """
+    made: socket.socket | None = None
+    try:
+        number = fd if own else os.dup(fd)
+        try:
+            made = socket.socket(fileno=number)
+        except BaseException:
+            if not own:
+                os.close(number)
+            raise
+        if not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ValueError(f"fd={fd} does not listen")
+        if made.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            raise ValueError(f"fd={fd} is of family {made.family!r}")
+    except OSError as error:
+        if made is not None:
+            made.close()
+        raise ValueError(f"fd={fd} is no socket that listens: {error}") from error
+    except BaseException:
+        if made is not None and own:
+            made.detach()  # It may be anybody's.
+        elif made is not None:
+            made.close()
+        raise
+    os.set_inheritable(made.fileno(), False)
+    made.setblocking(False)
+    return ListeningSocket(made, is_shared=True, maps_ipv4=_maps_ipv4(made))
+
+
+def _maps_ipv4(listening: socket.socket) -> bool:
+    """Whether IPv4 clients of a socket arrive as mapped addresses."""
+    return listening.family == socket.AF_INET6 and not listening.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    )

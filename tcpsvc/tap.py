@@ -21,12 +21,13 @@ from twisted.python.failure import Failure
 
 import tcpsvc
 from tcpsvc import tap_limits
+from tcpsvc.checks import networks
 from tcpsvc.daemon import Daemon
 from tcpsvc.drain_options import DRAIN_TIMEOUT
 from tcpsvc.loading import load
 from tcpsvc.places import places_text
 from tcpsvc.service import TcpService
-from tcpsvc.settings import ENGINES, EXHAUSTION_POLICIES, networks
+from tcpsvc.settings import ENGINES, EXHAUSTION_POLICIES
 from tcpsvc.where import ALL_ADDRESSES, LOCALHOST, WhereToListen
 
 

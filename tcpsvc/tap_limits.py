@@ -14,9 +14,9 @@ from typing import Any
 from twisted.python import usage
 
 from tcpsvc.addresses import check_prefixes
+from tcpsvc.checks import at_least_one, limits, rate, seconds
 from tcpsvc.overflow import OVERFLOWS, REFUSALS, Reply
 from tcpsvc.reasons import LIMITS
-from tcpsvc.settings import at_least_one, limits, rate, seconds
 
 #: Seconds; the library has no limits for these.
 FIRST_BYTE_TIMEOUT = 60.0

@@ -16,12 +16,7 @@ from tcpsvc.settings import Settings
 from tcpsvc.sweeper import INTERVAL, SHORTEST_INTERVAL
 
 #: The names of the options.
-TIMEOUTS = (
-    "first_byte_timeout",
-    "idle_timeout",
-    "handler_timeout",
-    "lifetime",
-)
+TIMEOUTS = ("first_byte_timeout", "idle_timeout", "handler_timeout", "lifetime")
 
 
 #: How late a sweep may be, in seconds, without another one being waited for.
@@ -128,11 +123,7 @@ class Timeouts:
         """
         window = self._windows.get(connection.id)
         if window is None:
-            self._windows[connection.id] = (
-                now,
-                connection.moved,
-                connection.delivered,
-            )
+            self._windows[connection.id] = (now, connection.moved, connection.delivered)
             return False
         since, moved_before, delivered_before = window
         if now - since < self._settings.throughput_window:

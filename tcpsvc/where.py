@@ -1,8 +1,7 @@
 """
-Where a server listens: a value, and how it becomes a listening socket.
-
-A :class:`WhereToListen` says where, and has opened nothing. Two that say the
-same are equal, and each prints as what was asked for.
+Where a server listens: a value, which has opened nothing. Two that say the same are
+equal, and each prints as what was asked for. How a socket is opened is in
+:mod:`tcpsvc.sockets`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -19,18 +17,16 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IAddress, IStreamServerEndpoint
 
+from tcpsvc.address_text import address_text, one_line
 from tcpsvc.sockets import (
-    BoundPath,
-    SocketMaker,
-    check_unix_path,
+    ListeningSocket,
+    adopt,
     close_given,
-    inet_sockaddr,
-    is_unbound,
     listen_on_given,
     open_inet,
     open_unix,
-    stream_socket,
 )
+from tcpsvc.unix_paths import check_unix_path
 
 InetAddress = IPv4Address | IPv6Address
 # Covariant: a list of places of several kinds is one of places of a common kind.
@@ -45,63 +41,6 @@ LOCALHOST: Final = "127.0.0.1"
 CHOSEN_BY_OS: Final = 0
 
 
-def one_line(text: str) -> str:
-    """A text with what does not print escaped: a path may hold a newline."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )
-
-
-def address_text(address: object) -> str:
-    """An address as people write it: ``127.0.0.1:80``, ``[::1]:80``, ``unix:/p``."""
-    if isinstance(address, IPv4Address):
-        return f"{address.host}:{address.port}"
-    if isinstance(address, IPv6Address):
-        return f"[{address.host}]:{address.port}"
-    if isinstance(address, UNIXAddress):
-        return f"unix:{one_line(os.fsdecode(address.name or b''))}"
-    return str(address)
-
-
-def addresses_text(addresses: Iterable[object]) -> str:
-    """Several addresses in one line, as :func:`address_text` says each."""
-    return ", ".join(address_text(address) for address in addresses)
-
-
-@dataclass(slots=True)
-class ListeningSocket:
-    """
-    An open listening socket, and what is owed to it when it is closed.
-
-    :ivar path: the UNIX path to unlink, or ``None``.
-    :ivar is_shared: others may hold it too: it is never shut down.
-    :ivar maps_ipv4: IPv4 clients arrive here as mapped IPv6 addresses.
-    """
-
-    socket: socket.socket
-    path: BoundPath | None = None
-    is_shared: bool = False
-    maps_ipv4: bool = False
-
-    @property
-    def address(self) -> IAddress:
-        """The address it is bound to, as Twisted says it."""
-        name = self.socket.getsockname()
-        if self.socket.family == socket.AF_UNIX:
-            return UNIXAddress(name)
-        if self.socket.family == socket.AF_INET6:
-            return IPv6Address("TCP", *name)
-        return IPv4Address("TCP", *name)
-
-    def discard(self) -> None:
-        """Close it unserved: the path first, then the descriptor."""
-        try:
-            if self.path is not None:
-                self.path.unlink()
-        finally:
-            self.socket.close()
-
-
 class WhereToListen(Generic[AddressT, ListeningOnT]):
     """
     Where to listen (spec W). Made by the class methods below; the type
@@ -111,6 +50,9 @@ class WhereToListen(Generic[AddressT, ListeningOnT]):
 
     __slots__ = ()
 
+    def __str__(self) -> str:
+        return address_text(self.address)
+
     def __repr__(self) -> str:
         return f"<WhereToListen {self}>"
 
@@ -118,9 +60,9 @@ class WhereToListen(Generic[AddressT, ListeningOnT]):
     def address(self) -> IAddress | None:
         """
         The address as it was asked for, as a Twisted address; ``None`` where
-        only an endpoint knows it.
+        only an endpoint, or a descriptor, knows it.
         """
-        raise NotImplementedError  # pragma: no cover
+        return None
 
     @staticmethod
     def bind_to(
@@ -263,12 +205,7 @@ class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
 
     __slots__ = ()
 
-    def open(
-        self,
-        backlog: int,
-        given: socket.socket | None = None,
-        make_socket: SocketMaker = stream_socket,
-    ) -> ListeningSocket:
+    def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
         """
         Bind and listen.
 
@@ -302,28 +239,13 @@ class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
         raise NotImplementedError  # pragma: no cover
 
 
-def _check_given(given: socket.socket, family: int) -> None:
-    if not isinstance(given, socket.socket):
-        raise TypeError(f"socket={given!r} is not a socket.socket")
-    if given.family != family or given.type != socket.SOCK_STREAM:
-        raise ValueError(
-            f"socket={given!r} does not fit: a stream socket of family "
-            f"{socket.AddressFamily(family).name} is needed"
-        )
-    if not is_unbound(given):
-        raise ValueError(
-            f"socket={given!r} is bound already: give an unbound one, or use "
-            "WhereToListen.of_fd for one that listens"
-        )
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class _Inet(SocketPlace[InetAddress, int]):
     host: str
     port: int
-    reuseaddr: bool = True
-    reuseport: bool = False
-    dual_stack: bool = False
+    reuseaddr: bool
+    reuseport: bool
+    dual_stack: bool
 
     @property
     def address(self) -> InetAddress:
@@ -331,30 +253,18 @@ class _Inet(SocketPlace[InetAddress, int]):
             return IPv6Address("TCP", self.host, self.port)
         return IPv4Address("TCP", self.host, self.port)
 
-    def open(
-        self,
-        backlog: int,
-        given: socket.socket | None = None,
-        make_socket: SocketMaker = stream_socket,
-    ) -> ListeningSocket:
-        if given is None:
-            made = open_inet(
-                self.host,
-                self.port,
-                backlog=backlog,
-                reuseaddr=self.reuseaddr,
-                reuseport=self.reuseport,
-                dual_stack=self.dual_stack,
-                make_socket=make_socket,
-            )
-            return ListeningSocket(made, maps_ipv4=self.dual_stack)
-        try:
-            _check_given(given, socket.AF_INET6 if ":" in self.host else socket.AF_INET)
-            listen_on_given(given, inet_sockaddr(self.host, self.port), backlog)
-            return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
-        except BaseException:
-            close_given(given)
-            raise
+    def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
+        if given is not None:
+            return listen_on_given(given, (self.host, self.port), backlog)
+        made = open_inet(
+            self.host,
+            self.port,
+            backlog=backlog,
+            reuseaddr=self.reuseaddr,
+            reuseport=self.reuseport,
+            dual_stack=self.dual_stack,
+        )
+        return ListeningSocket(made, maps_ipv4=self.dual_stack)
 
     def listening_on(self, address: IAddress) -> int:
         return cast(InetAddress, address).port
@@ -374,40 +284,21 @@ class _Inet(SocketPlace[InetAddress, int]):
             )
         return self.with_port(cast(InetAddress, address).port)
 
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Unix(SocketPlace[UNIXAddress, str]):
     path: str
-    mode: int | None = None
+    mode: int | None
 
     @property
     def address(self) -> UNIXAddress:
         return UNIXAddress(self.path)
 
-    def open(
-        self,
-        backlog: int,
-        given: socket.socket | None = None,
-        make_socket: SocketMaker = stream_socket,
-    ) -> ListeningSocket:
-        if given is None:
-            made, bound = open_unix(
-                self.path, backlog=backlog, mode=self.mode, make_socket=make_socket
-            )
-            return ListeningSocket(made, path=bound)
-        try:
-            _check_given(given, socket.AF_UNIX)
-            path = os.path.abspath(self.path)
-            check_unix_path(path)
-            bound_path = listen_on_given(given, path, backlog, self.mode)
-            return ListeningSocket(given, path=bound_path)
-        except BaseException:
-            close_given(given)
-            raise
+    def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
+        if given is not None:
+            return listen_on_given(given, self.path, backlog, self.mode)
+        made, bound = open_unix(self.path, backlog=backlog, mode=self.mode)
+        return ListeningSocket(made, path=bound)
 
     def listening_on(self, address: IAddress) -> str:
         return self.path
@@ -422,58 +313,19 @@ class _Unix(SocketPlace[UNIXAddress, str]):
             return replace(self, path=path)
         return replace(self, path=path, mode=mode)
 
-    def __str__(self) -> str:
-        return f"unix:{one_line(self.path)}"
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Descriptor(SocketPlace[IAddress, IAddress]):
     fd: int
-    own: bool = False
+    own: bool
 
-    @property
-    def address(self) -> None:
-        return None
-
-    def open(
-        self,
-        backlog: int,
-        given: socket.socket | None = None,
-        make_socket: SocketMaker = stream_socket,
-    ) -> ListeningSocket:
+    def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
         if given is not None:
             close_given(given)
             raise ValueError(
                 f"socket={given!r} with of_fd({self.fd}): one of the two is enough"
             )
-        made: socket.socket | None = None
-        try:
-            number = self.fd if self.own else os.dup(self.fd)
-            try:
-                made = socket.socket(fileno=number)
-            except BaseException:
-                if not self.own:
-                    os.close(number)
-                raise
-            if not made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise ValueError(f"fd={self.fd} does not listen")
-            if made.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
-                raise ValueError(f"fd={self.fd} is of family {made.family!r}")
-        except OSError as error:
-            if made is not None:
-                made.close()
-            raise ValueError(
-                f"fd={self.fd} is no socket that listens: {error}"
-            ) from error
-        except BaseException:
-            if made is not None and self.own:
-                made.detach()  # It may be anybody's.
-            elif made is not None:
-                made.close()
-            raise
-        os.set_inheritable(made.fileno(), False)
-        made.setblocking(False)
-        return ListeningSocket(made, is_shared=True, maps_ipv4=_maps_ipv4(made))
+        return adopt(self.fd, own=self.own)
 
     def again(self, address: IAddress) -> _Descriptor:
         raise ValueError("who has opened that descriptor may hold it too")
@@ -482,22 +334,11 @@ class _Descriptor(SocketPlace[IAddress, IAddress]):
         return f"fd:{self.fd}"
 
 
-def _maps_ipv4(listening: socket.socket) -> bool:
-    """Whether IPv4 clients of a socket arrive as mapped addresses."""
-    return listening.family == socket.AF_INET6 and not listening.getsockopt(
-        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
-    )
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class EndpointPlace(WhereToListen[IAddress, IAddress]):
     """A place that only an endpoint can listen on."""
 
     endpoint: str | IStreamServerEndpoint
-
-    @property
-    def address(self) -> None:
-        return None
 
     def resolve(self, reactor: Any) -> IStreamServerEndpoint:
         """

@@ -29,8 +29,8 @@ from twisted.logger import LogLevel
 from twisted.protocols.policies import TimeoutFactory
 from zope.interface import implementer
 
-import tcpsvc.listening
 import tcpsvc.settings
+import tcpsvc.sockets
 from tcpsvc import Server, ServerFactory, WhereToListen
 from tests.support import LOOPBACK, PATIENCE, in_thread, the_reactor, turn, until
 from tests.tls import client_context, make_certificate
@@ -125,7 +125,7 @@ def watched(monkeypatch: Any) -> type[Watched]:
         made.setblocking(False)
         return made
 
-    monkeypatch.setattr(tcpsvc.listening, "make_socket", make)
+    monkeypatch.setattr(tcpsvc.sockets, "make_socket", make)
     return Kind
 
 
@@ -718,7 +718,7 @@ async def test_a_limit_below_one_is_refused_before_anything_is_bound(
     def never(family: int) -> socket.socket:
         raise AssertionError("a socket was made")
 
-    monkeypatch.setattr(tcpsvc.listening, "make_socket", never)
+    monkeypatch.setattr(tcpsvc.sockets, "make_socket", never)
     options = {option: value, "on_handler_error": "ignore"}
     factory = Factory.forProtocol(Protocol)
     match = f"{option}={value}"

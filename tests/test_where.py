@@ -25,8 +25,8 @@ from twisted.logger import LogLevel
 from twisted.protocols.policies import TimeoutFactory
 from zope.interface import implementer
 
-import tcpsvc.listening
 import tcpsvc.sockets
+import tcpsvc.unix_paths
 from tcpsvc import ALL_ADDRESSES, CHOSEN_BY_OS, LOCALHOST, Server, WhereToListen
 from tests.support import (
     LOOPBACK,
@@ -94,7 +94,7 @@ def failing(method: str, *numbers: int) -> type[socket.socket]:
 def make_with(monkeypatch: pytest.MonkeyPatch, kind: type[socket.socket]) -> Making:
     """Have listening sockets be of a kind."""
     making = Making(kind)
-    monkeypatch.setattr(tcpsvc.listening, "make_socket", making)
+    monkeypatch.setattr(tcpsvc.sockets, "make_socket", making)
     return making
 
 
@@ -782,7 +782,7 @@ async def test_a_held_lock_is_given_up_on_and_leaves_nothing_open(
     """W6, W8: a lock that nobody gives up is an error, not a hang."""
     import fcntl
 
-    monkeypatch.setattr(tcpsvc.sockets, "LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(tcpsvc.unix_paths, "LOCK_SECONDS", 0.01)
     holder = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
@@ -1244,7 +1244,7 @@ async def test_no_socket_at_all_is_an_error_with_its_errno(
     def refuse(family: int) -> socket.socket:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(tcpsvc.listening, "make_socket", refuse)
+    monkeypatch.setattr(tcpsvc.sockets, "make_socket", refuse)
     for where in (LOOPBACK, WhereToListen.of_file(tmp_path / "s")):
         with pytest.raises(CannotListenError) as caught:
             await Server.create(where, greet, on_handler_error="ignore")

@@ -1,73 +1,26 @@
 """
-For tests of your own handlers.
-
-Without sockets and without a reactor, give bytes, see bytes, advance a clock::
-
-    from tcpsvc.testing import MemoryServer
-
-    class GreetTests(SynchronousTestCase):
-        def test_greets_by_name(self):
-            client = MemoryServer(greet).connect()
-            client.send(b"Bob\\n")
-            self.assertEqual(client.received, b"What is your name?\\nHello, Bob!\\n")
-            self.assertTrue(client.is_closed)
-
-With a server on a real port, and a clean reactor afterwards::
-
-    class GreetOnAPortTests(TestCase):
-        async def test_greets_by_name(self):
-            server = await serve(self, greet)
-            client = await connect(self, server)
-            client.write(b"Bob\\n")
-            self.assertEqual(await client.reader.readline(), b"What is your name?\\n")
-
-Both work in pytest too; there, :func:`serving` and :func:`connected` close what
-they opened at the end of an ``async with``.
+A server without sockets and without a reactor, and its clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from twisted.internet.address import IPv4Address, UNIXAddress
-from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import (
-    TCP4ClientEndpoint,
-    TCP6ClientEndpoint,
-    UNIXClientEndpoint,
-    connectProtocol,
-)
+from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IProtocolFactory,
     ITCPTransport,
 )
-from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from tcpsvc._waiters import Event
 from tcpsvc.factory import ServerFactory
-from tcpsvc.handler import OnHandlerError, log_error
-from tcpsvc.reader import Reader
-from tcpsvc.server import Server
-from tcpsvc.settings import READER_BUFFER_SIZE
-from tcpsvc.where import LOCALHOST, WhereToListen
-
-__all__ = [
-    "Client",
-    "MemoryClient",
-    "MemoryServer",
-    "MemoryTransport",
-    "connect",
-    "connected",
-    "serve",
-    "serving",
-]
+from tcpsvc.handler import OnHandlerError
+from tcpsvc.where import LOCALHOST
 
 
 @implementer(ITCPTransport)
@@ -128,7 +81,7 @@ class MemoryTransport:
         """Close with a reset."""
         if self.connected:
             self._unsent.clear()
-            self._client._saw("reset")
+            self._client.was_reset = True
             self.connectionLost(Failure(ConnectionAborted()))
 
     def loseWriteConnection(self) -> None:
@@ -141,7 +94,7 @@ class MemoryTransport:
         """The connection is over, at both ends."""
         if self.connected:
             self.connected = False
-            self._client._saw("eof")
+            self._client.has_eof = True
             self.protocol.connectionLost(reason)
 
     def getPeer(self) -> Any:
@@ -216,7 +169,7 @@ class MemoryTransport:
             return
         if self._write_side == "closing":
             self._write_side = "closed"
-            self._client._saw("eof")
+            self._client.has_eof = True
             if IHalfCloseableProtocol.providedBy(self.protocol):
                 self.protocol.writeConnectionLost()
         if self.disconnecting:
@@ -235,24 +188,24 @@ class MemoryTransport:
     def receive_reset(self) -> None:
         """The client has sent RST: what came before it is read first."""
         while self._unread and self.connected:
-            data = bytes(self._unread[:65536])
-            del self._unread[:65536]
-            self.bytes_in += len(data)
-            self.protocol.dataReceived(data)
+            self._read_once()
         self.connectionLost(Failure(ConnectionLost()))
 
     def _read(self) -> None:
         while self._unread and self._is_reading and self.connected:
-            data = bytes(self._unread[:65536])
-            del self._unread[:65536]
-            self.bytes_in += len(data)
-            self.protocol.dataReceived(data)
+            self._read_once()
         if self._peer_eof and self._is_reading and self.connected:
             self._is_reading = False
             if IHalfCloseableProtocol.providedBy(self.protocol):
                 self.protocol.readConnectionLost()
             else:
                 self.connectionLost(Failure(ConnectionDone()))
+
+    def _read_once(self) -> None:
+        data = bytes(self._unread[:65536])
+        del self._unread[:65536]
+        self.bytes_in += len(data)
+        self.protocol.dataReceived(data)
 
 
 class MemoryClient:
@@ -313,11 +266,6 @@ class MemoryClient:
     def is_closed(self) -> bool:
         """Whether the connection is closed at both ends."""
         return not self._transport.connected
-
-    def _saw(self, what: str) -> None:
-        self.has_eof = True
-        if what == "reset":
-            self.was_reset = True
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "eof" if self.has_eof else "open"
@@ -394,219 +342,3 @@ class MemoryServer:
 
     def _collect(self, _: object, failure: Failure) -> None:
         self.errors.append(failure.value)
-
-
-class _HasCleanup(Protocol):
-    """A trial or unittest TestCase."""
-
-    def addCleanup(self, function: Any, /, *args: Any, **kwargs: Any) -> Any: ...
-
-
-def serve(
-    test_case: _HasCleanup,
-    handler: Any,
-    *,
-    where: WhereToListen[Any, Any] | None = None,
-    create: Callable[..., Deferred[Server[Any, Any]]] = Server.create,
-    on_handler_error: OnHandlerError = log_error,
-    **options: Any,
-) -> Deferred[Server[Any, Any]]:
-    """
-    Serve on a real port for one test. When the test is over the server and its
-    connections are closed and handlers that still run are cancelled.
-
-    :param test_case: the trial ``TestCase``.
-    :param handler: what ``create`` takes.
-    :param where: default: a free port of the loopback address.
-    :param create: default: :meth:`tcpsvc.Server.create`.
-    :param on_handler_error: default: errors are logged, so that trial reports
-        them (``flushLoggedErrors``).
-    :param options: of :class:`tcpsvc.StreamOptions`.
-    :returns: a Deferred that fires with the server.
-    """
-    where = where or WhereToListen.bind_to(LOCALHOST, 0)
-    made = create(where, handler, on_handler_error=on_handler_error, **options)
-
-    def clean_up_later(server: Server[Any, Any]) -> Server[Any, Any]:
-        test_case.addCleanup(shut_down, server)
-        return server
-
-    return made.addCallback(clean_up_later)
-
-
-def shut_down(server: Server[Any, Any]) -> Deferred[None]:
-    """
-    Close a server and its connections, and cancel its handlers.
-
-    :returns: a Deferred that fires when the last handler has ended.
-    """
-    server.close(close_existing_connections=True)
-    server.cancel_handlers()
-    return server.close_finished_and_handlers_determined()
-
-
-def connect(
-    test_case: _HasCleanup, server: Server[Any, Any], *, reactor: Any = None
-) -> Deferred[Client]:
-    """
-    A client of a server on a real port, for one test; closed when it is over.
-
-    :param test_case: the trial ``TestCase``.
-    :param server: the server.
-    :returns: a Deferred that fires with the client.
-    """
-
-    def clean_up_later(client: Client) -> Client:
-        test_case.addCleanup(client.close)
-        return client
-
-    return _connect(server, reactor).addCallback(clean_up_later)
-
-
-@asynccontextmanager
-async def serving(handler: Any, **options: Any) -> AsyncIterator[Server[Any, Any]]:
-    """
-    ``async with serving(handler) as server:`` as :func:`serve`, without a
-    ``TestCase``.
-    """
-    where = options.pop("where", None) or WhereToListen.bind_to(LOCALHOST, 0)
-    create = options.pop("create", Server.create)
-    options.setdefault("on_handler_error", log_error)
-    server = await create(where, handler, **options)
-    try:
-        yield server
-    finally:
-        await shut_down(server)
-
-
-@asynccontextmanager
-async def connected(
-    server: Server[Any, Any], *, reactor: Any = None
-) -> AsyncIterator[Client]:
-    """
-    ``async with connected(server) as client:`` as :func:`connect`, without a
-    ``TestCase``.
-    """
-    client = await _connect(server, reactor)
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-def _connect(server: Server[Any, Any], reactor: Any) -> Deferred[Client]:
-    if reactor is None:
-        from twisted.internet import reactor
-    address: Any = server.listening_on_address
-    endpoint: Any
-    if isinstance(address, UNIXAddress):
-        endpoint = UNIXClientEndpoint(reactor, address.name)
-    elif ":" in address.host:
-        host = "::1" if address.host == "::" else address.host
-        endpoint = TCP6ClientEndpoint(reactor, host, address.port)
-    else:
-        host = LOCALHOST if address.host == "0.0.0.0" else address.host
-        endpoint = TCP4ClientEndpoint(reactor, host, address.port)
-    made: Deferred[Client] = connectProtocol(endpoint, Client())
-    return made
-
-
-@implementer(IHalfCloseableProtocol)
-class Client(TwistedProtocol):
-    """
-    A client on a real socket.
-
-    :ivar reader: what the server sends, as a :class:`tcpsvc.Reader`.
-    :ivar was_reset: whether the connection ended with a reset.
-    """
-
-    transport: Any
-
-    def __init__(self) -> None:
-        self.reader = Reader(self, READER_BUFFER_SIZE)
-        self.was_reset = False
-        self._is_paused = False
-        self._is_lost = Event()
-
-    def write(self, data: bytes) -> None:
-        """Send bytes."""
-        self.transport.write(data)
-
-    def write_eof(self) -> None:
-        """Send FIN when all is sent; go on reading."""
-        self.transport.loseWriteConnection()
-
-    def reset(self) -> Deferred[None]:
-        """
-        Send RST.
-
-        :returns: a Deferred that fires when the socket is closed.
-        """
-        self.transport.abortConnection()
-        return self.closed()
-
-    def close(self) -> Deferred[None]:
-        """
-        Close, at once.
-
-        :returns: a Deferred that fires when the socket is closed.
-        """
-        self.transport.abortConnection()
-        return self.closed()
-
-    def closed(self) -> Deferred[None]:
-        """
-        :returns: a Deferred that fires when the socket is closed, by whichever
-            side.
-        """
-        return self._is_lost.wait()
-
-    @property
-    def peer(self) -> Any:
-        """The server's address."""
-        return self.transport.getPeer()
-
-    @property
-    def host(self) -> Any:
-        """The own address."""
-        return self.transport.getHost()
-
-    # IProtocol and its kin.
-
-    def dataReceived(self, data: bytes) -> None:
-        self.reader.data_received(data)
-
-    def readConnectionLost(self) -> None:
-        self.reader.feed_eof()
-
-    def writeConnectionLost(self) -> None:
-        """Our FIN has gone out."""
-
-    def connectionLost(self, reason: Any = None) -> None:
-        if reason.check(ConnectionLost):
-            self.was_reset = True
-        self._is_lost.happen()
-        self.reader.feed_eof()
-
-    # What the reader needs.
-
-    #: It is no server.
-    draining = False
-
-    def gives_eof_for_drain(self, asked: bool | None) -> bool:
-        """Never."""
-        return False
-
-    def pause_reading(self) -> None:
-        if not self._is_paused and not self._is_lost.has_happened:
-            self._is_paused = True
-            self.transport.pauseProducing()
-
-    def resume_reading(self) -> None:
-        if self._is_paused and not self._is_lost.has_happened:
-            self._is_paused = False
-            if not self.reader.has_eof:
-                self.transport.resumeProducing()
-
-    def close_by_reader(self) -> None:
-        self.close()
