@@ -37,17 +37,25 @@ class Cancellation:
     _log = Logger(namespace="tcpsvc")
 
     def __init__(self, factory: ServerFactory) -> None:
+        self._factory = factory
         self._timer: IDelayedCall | None = None
+        self._cancelled: list[Connection[Any]] = []
+
+    def cancel(self) -> None:
+        """Cancel those that run now."""
+        factory = self._factory
+        if factory.is_cancelling:
+            return
         self._cancelled = [c for c in factory.connections if c.is_cancellable]
-        for connection in self._cancelled:
-            connection.cancel_handler()
-        if any(c.is_running for c in self._cancelled):
+        factory.cancel_handlers()
+        if self._timer is None and any(c.is_running for c in self._cancelled):
             self._timer = factory.clock.callLater(GRACE, self._tell)
             factory.when_over().addCallback(self._over)
 
     def _tell(self) -> None:
         self._timer = None
         going_on = [c for c in self._cancelled if c.is_running]
+        self._cancelled = []
         if going_on:
             self._log.error(
                 "{count} handlers do not end, not even when cancelled: {peers}",
@@ -56,5 +64,7 @@ class Cancellation:
             )
 
     def _over(self, _: None) -> None:
+        self._cancelled = []
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None

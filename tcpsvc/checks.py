@@ -44,9 +44,13 @@ def positive(name: str, value: object, unit: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is not a number of {unit}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} is not above 0 {unit}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={value} is not a finite number of {unit} above 0")
+    return number
 
 
 def seconds(name: str, value: object) -> float:

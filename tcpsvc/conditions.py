@@ -35,7 +35,7 @@ class Conditions:
         try:
             if condition(count):
                 return succeed(None)
-        except Exception:
+        except BaseException:
             return fail()
         if self._is_over:
             return fail(_never())
@@ -61,7 +61,7 @@ class Conditions:
                 continue
             try:
                 holds = condition(slots.taken)
-            except Exception:
+            except BaseException:
                 if self.waiting.pop(waiter, None) is not None:
                     waiter.errback()
                 continue

@@ -34,6 +34,7 @@ from zope.interface import implementer
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
+from tcpsvc.clock import SteadyClock
 from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
@@ -50,6 +51,19 @@ _log = Logger(namespace="tcpsvc")
 
 #: Why we close: one for all, since it says nothing of any connection.
 CLOSED = Failure(CONNECTION_DONE)
+
+
+class _FirstStep:
+    """
+    What runs while a handler is called: what can be cancelled is only known when it
+    has returned.
+    """
+
+    def cancel(self) -> None:
+        """It will be."""
+
+
+_FIRST_STEP = _FirstStep()
 
 
 class Owner(Protocol):
@@ -175,7 +189,7 @@ class Connection(Generic[AddressT]):
         self.label: object = None
         self.reason: Reason | None = None
         self._handler_state = "waiting"
-        self._running: Driver | Deferred[object] | None = None
+        self._running: Driver | Deferred[object] | _FirstStep | None = None
         self._handler_cancelled = False
         self._closed_by_server = False
         self._is_closed_with_the_server = False
@@ -217,6 +231,7 @@ class Connection(Generic[AddressT]):
     def _start(self, handler: Callable[..., object], *args: object) -> None:
         """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
         self.starts()
+        self._running = _FIRST_STEP
         try:
             result = handler(*args)
         except BaseException:
@@ -230,6 +245,8 @@ class Connection(Generic[AddressT]):
         else:
             running = self._running = follow(result, handler)
             running.addCallbacks(self._handler_returned, self.handler_ended)
+            if self._handler_cancelled:
+                self.cancel_handler()
 
     def starts(self) -> None:
         """The handler runs from now on."""
@@ -269,7 +286,8 @@ class Connection(Generic[AddressT]):
     def _refused(self) -> None:
         self._handler_state = "refused"
         self.ends_because(Reason.UNSERVED)
-        self._factory.events.connection_refused(self.peer, Reason.UNSERVED)
+        if not self.is_accepted:
+            self._factory.events.connection_refused(self.peer, Reason.UNSERVED)
 
     def close(self) -> None:
         """
@@ -326,7 +344,11 @@ class Connection(Generic[AddressT]):
     def has_received(self) -> bool:
         """Whether the client has sent anything; true where nobody knows."""
         if not self._has_received:
-            self._has_received = self._bytes_seen()[0] != 0
+            connected = self._connected_socket()
+            self._has_received = self._bytes_seen()[0] != 0 or (
+                # Its protocol may have paused it.
+                connected is not None and kernel.has_input(connected)
+            )
         return self._has_received
 
     @property
@@ -611,8 +633,8 @@ class Connection(Generic[AddressT]):
         if self._is_released:
             return now - self._active_at
         by_kernel = None
-        # Its clock is the kernel's only where it is the reactor's.
-        if not self._factory.looks and self._factory.clock is self._factory.reactor:
+        # Its clock is the kernel's only where it is steady.
+        if not self._factory.looks and type(self._factory.clock) is SteadyClock:
             by_kernel = kernel.idle(self._connected_socket())
         # The kernel counts from before the accept, in its own ticks.
         if by_kernel is None:

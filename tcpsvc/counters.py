@@ -31,7 +31,8 @@ class Counters(Observer):
     :ivar aborted: connections aborted because the client did not take its bytes.
     :ivar accept_errors: failed attempts to accept.
     :ivar ends: ended connections, by :class:`Reason`.
-    :ivar refusals: clients that were not let in, by :class:`Reason`.
+    :ivar refusals: clients that were not let in, by :class:`Reason`. Who had a slot
+        is none of them, and is in ``ends``.
     :ivar would_refuse: what ``dry_run`` let pass, by :class:`Reason`.
     """
 
@@ -74,6 +75,8 @@ class Counters(Observer):
 
     def connection_finished(self, connection: Any) -> None:
         _count(self.ends, connection.reason)
+        if connection.reason is Reason.UNSERVED:
+            self.refused += 1
 
     def accept_failed(self, error: OSError) -> None:
         self.accept_errors += 1

@@ -82,9 +82,13 @@ def check_drain_options(
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{said} is not a number of seconds")
-        if not value >= 0:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not number >= 0:
             raise ValueError(f"{said} is not 0 seconds or more")
-        if value == math.inf and name != "timeout":
+        if number == math.inf and name != "timeout":
             raise ValueError(f"{said} would never end")
-        checked[name] = float(value)
+        checked[name] = number
     return checked

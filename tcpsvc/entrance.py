@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from tcpsvc import kernel
 from tcpsvc.address_text import addresses_text
 from tcpsvc.admission import Admission, host_of
+from tcpsvc.clock import clock_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
@@ -69,7 +70,7 @@ class Entrance(protocol.ServerFactory):
         if reactor is None:
             from twisted.internet import reactor
         self.reactor = reactor
-        self.clock = reactor if clock is None else clock
+        self.clock = clock_of(reactor) if clock is None else clock
         self.settings = settings
         self._options = options
         self.counters = Counters()
@@ -140,10 +141,12 @@ class Entrance(protocol.ServerFactory):
 
         :raises ValueError: it was not added.
         """
-        if observer not in self._observers:
-            raise ValueError(f"observer={observer!r} was not added")
-        self._observers.remove(observer)
-        self._observers_changed()
+        for place, known in enumerate(self._observers):
+            if known is observer:
+                del self._observers[place]
+                self._observers_changed()
+                return
+        raise ValueError(f"observer={observer!r} was not added")
 
     def _observers_changed(self) -> None:
         self.is_observed = bool(self._observers)
@@ -590,6 +593,8 @@ class Entrance(protocol.ServerFactory):
             if reason not in told:
                 told.add(reason)
                 self._refusal_log.in_dry_run(connection.peer, reason)
+                if connection.is_ended or connection.is_over:
+                    return  # By whoever was told.
 
     def broken_entrance(self) -> list[str]:
         """What does not hold, and ought to."""

@@ -59,6 +59,10 @@ class ServerFactory(Entrance):
         self._failures = Failures(settings.on_handler_error, self._maybe_over)
         self._failures.on_fatal = self.close
         self._when_over = Event()
+        #: Happens when those are closed that are being closed just now.
+        self._closing: Event | None = None
+        #: Whether handlers are being cancelled just now, any of which may ask for that.
+        self.is_cancelling = False
         self._has_server = False
         #: Whether it is known where it listens, and that is one place.
         self.has_one_address = False
@@ -209,10 +213,14 @@ class ServerFactory(Entrance):
             # Twisted tells a factory how many ports it has.
             for _ in range(self.numPorts):
                 handler.doStart()
-            before, self.handler = self.handler, handler
             self._negotiate_as(handler)
+            before, self.handler = self.handler, handler
             for _ in range(self.numPorts):
-                before.doStop()
+                try:
+                    before.doStop()
+                except Exception:
+                    # The new one serves, and the next port is to be told all the same.
+                    self._log.failure("doStop of {factory} failed", factory=before)
         self.handler = handler
 
     def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
@@ -287,11 +295,19 @@ class ServerFactory(Entrance):
         :returns: a Deferred that fires when they are closed. It does not wait
             for handlers.
         """
+        if self._closing is not None:
+            # By whoever is told of it, maybe by all, one within the other.
+            return self._closing.wait()
+        closing = self._closing = Event()
         closed = []
-        for connection in list(self._live.values()):
-            closed.append(connection.when_socket_closed.wait())
-            connection.close()
-        return all_of(closed)
+        try:
+            for connection in list(self._live.values()):
+                closed.append(connection.when_socket_closed.wait())
+                connection.close()
+        finally:
+            self._closing = None
+        all_of(closed).addCallback(lambda _: closing.happen())
+        return closing.wait()
 
     def start_accepted(self) -> None:
         """Start what was accepted and waits for its turn, which a close would end."""
@@ -308,8 +324,14 @@ class ServerFactory(Entrance):
 
     def cancel_handlers(self) -> None:
         """Cancel every handler that still runs."""
-        for connection in list(self._live.values()):
-            connection.cancel_handler()
+        if self.is_cancelling:
+            return
+        self.is_cancelling = True
+        try:
+            for connection in list(self._live.values()):
+                connection.cancel_handler()
+        finally:
+            self.is_cancelling = False
 
     def when_over(self) -> Deferred[None]:
         """
@@ -321,6 +343,7 @@ class ServerFactory(Entrance):
     def _maybe_over(self) -> None:
         if self.is_closed and not self._live and not self._failures.is_reporting:
             self._when_over.happen()
+            self._conditions.look(self.slots)
             self._conditions.over()
             if not self._has_server:
                 self.nothing_can_fail()

@@ -220,7 +220,7 @@ class Gate:
     ) -> None:
         factory = self._factory
         if factory.is_observed:
-            factory.refused(self._port._buildAddr(address), reason)
+            factory.refused(self._port._buildAddr(_with_interface(address)), reason)
         else:
             factory.refused(None, reason)
         if not isinstance(how, Reply):
@@ -248,12 +248,8 @@ class Gate:
     def _take(self, client: socket.socket, address: Any) -> None:
         port = self._port
         try:
-            if isinstance(address, tuple) and len(address) == 4 and address[3]:
-                # A link-local IPv6 peer: show the interface, as Twisted does.
-                host, _ = socket.getnameinfo(
-                    address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-                )
-                address = (host, *address[1:])
+            if len(address) == 4:
+                address = _with_interface(address)
             if self._factory.takes_sockets and not self._factory.replies_next:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
@@ -294,3 +290,11 @@ class Gate:
         self._factory.forget_unconnected()
         if isinstance(error, STOPPING):
             self._factory.stop_reactor(error)
+
+
+def _with_interface(address: Any) -> Any:
+    """The address of a link-local IPv6 peer with its interface, as Twisted has it."""
+    if not (isinstance(address, tuple) and len(address) == 4 and address[3]):
+        return address
+    host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+    return (host, *address[1:])

@@ -70,7 +70,10 @@ class Reason(str, Enum):
     DENIED = "denied"
     """Its address is in ``deny``, or not in ``allow``."""
     UNSERVED = "unserved"
-    """The server was closing, or the application's factory built no protocol."""
+    """
+    The server was closing, or the application's factory built no protocol. Also the
+    end of whoever had a slot by then, and whose handler had not started.
+    """
     SHED = "shed"
     """There was no descriptor to serve it with (``on_exhaustion="shed"``)."""
 

@@ -64,6 +64,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         self._listeners = listeners
         self._factory = factory
         self._pausing = Pausing(listeners, factory)
+        self._cancellation = Cancellation(factory)
         factory.server = self
         self._is_port_closing = False
         self._port_closed = Event()
@@ -475,7 +476,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         if close_existing_connections:
             closed.append(self._factory.close_connections())
         if cancel_handlers:
-            Cancellation(self._factory)
+            self._cancellation.cancel()
         return all_of(closed)
 
     def close_finished(self) -> Deferred[None]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from twisted.python.reflect import safe_str
+
 from tcpsvc.reasons import Reason
 
 #: Bytes in and out; ``None`` where nobody knows.
@@ -53,7 +55,7 @@ class ConnectionSnapshot:
         found = {name: value for name, value in found.items() if value is not None}
         found["peer"] = str(self.peer)
         if self.label is not None:
-            found["label"] = str(self.label)
+            found["label"] = safe_str(self.label)
         if self.reason is not None:
             found["reason"] = self.reason.value
         return found

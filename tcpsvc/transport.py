@@ -73,6 +73,8 @@ class Watched:
 
     def doWrite(self) -> Any:
         """Send, and tell."""
+        if not self.connected:  # type: ignore[attr-defined]
+            return None  # Closed when it was read, in the same turn.
         why = super().doWrite()  # type: ignore[misc]
         if self.watcher is not None and why is None:
             self.watcher.sent()

@@ -474,10 +474,9 @@ class Lifecycle(RuleBasedStateMachine):
         assert reason is not Reason.UNSERVED or (
             caller.behaviour == "unbuilt"
             or self.server.is_closed
-            or caller.accepted
             or caller.held_since is not None
         )
-        assert reason is Reason.UNSERVED or not caller.accepted
+        assert not caller.accepted
         caller.refusals.append((reason, how))
         if reason is Reason.UNSERVED:  # Who got no protocol has taken a token, too.
             self.token_at = self.clock.seconds()
@@ -525,7 +524,7 @@ class Lifecycle(RuleBasedStateMachine):
             Reason.EVICTED: "evict" in self.ever,
             Reason.TOO_OLD: "buffer_age_limit" in self.ever,
             Reason.FLUSH_TIMEOUT: self.kind == "stream",
-            Reason.UNSERVED: not caller.started and bool(caller.refusals),
+            Reason.UNSERVED: not caller.started,
         }
         is_caused |= {why: name in self.ever for why, name in TIMEOUTS.items()}
         assert is_caused[reason], f"{reason} of {caller}, {causes}"

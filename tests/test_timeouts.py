@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IPullProducer
+from twisted.internet.interfaces import IPullProducer, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
 from zope.interface import implementer
+from zope.interface.verify import verifyObject
 
-from tcpsvc import Observer, Reason
+from tcpsvc import Observer, Reason, Server, kernel
+from tcpsvc.clock import clock_of
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers, everywhere
-from tests.support import in_thread, turn, until
+from tests.support import in_thread, the_reactor, turn, until
 
 #: More than the kernel takes of a client that does not read.
 MUCH = b"x" * 20_000_000
@@ -673,3 +677,50 @@ async def test_a_reset_is_no_byte(scene: Any, shuts: bool) -> None:
     assert not s.connection.has_received
     assert s.passes(3, step=0.1) < 2.6
     assert s.connection.reason is Reason.FIRST_BYTE
+
+
+@ensureDeferred
+async def test_a_first_byte_that_a_protocol_leaves_unread_has_come(
+    serve: Any, connect: Any
+) -> None:
+    """It has paused its transport; its client is not to blame."""
+    clock = Clock()
+
+    class Paused(Protocol):
+        def connectionMade(self) -> None:
+            self.transport.pauseProducing()  # type: ignore[union-attr]
+
+    server = await serve(
+        Factory.forProtocol(Paused),
+        create=Server.create_protocol,
+        first_byte_timeout=1,
+        clock=clock,
+    )
+    silent = connect(server)
+    await until(lambda: server.num_connections == 1)
+    speaker = connect(server)
+    speaker.send(b"hello")
+    await until(lambda: server.num_connections == 2)
+    connected = server._factory._live[2]._connected_socket()
+    await until(lambda: kernel.has_input(connected))
+    clock.pump([0.25] * 8)
+    await until(lambda: server.num_connections == 1)
+    assert await in_thread(silent.read_all) == b""
+    assert [c.id for c in server.connections] == [2]
+
+
+def test_a_server_goes_by_a_clock_that_nobody_sets() -> None:
+    """Most reactors have the wall clock's time."""
+    clock = clock_of(the_reactor())
+    assert verifyObject(IReactorTime, clock)
+    before, now, after = time.monotonic(), clock.seconds(), time.monotonic()
+    assert before <= now <= after
+    call = clock.callLater(1000, lambda: None)
+    assert call in clock.getDelayedCalls()
+    call.cancel()
+
+
+def test_a_reactor_of_a_test_is_its_own_clock() -> None:
+    """Which the test sets."""
+    for reactor in (Clock(), MemoryReactorClock()):
+        assert clock_of(reactor) is reactor
