@@ -70,7 +70,9 @@ class Peers:
     __slots__ = (
         "_back",
         "_before",
+        "_host",
         "_interval",
+        "_key",
         "_latest",
         "_live",
         "_max_connections",
@@ -98,6 +100,9 @@ class Peers:
         #: When those of before are forgotten.
         self._turn_at = self._latest = -math.inf
         self._back = 0.0
+        #: The address that was asked about last.
+        self._host: str | None = None
+        self._key: Key = None
         self._rate: Rate | None = None
         self._interval = self._reach = 0.0
         self.change(max_connections=max_connections, rate=rate, prefixes=prefixes)
@@ -127,6 +132,7 @@ class Peers:
             self._prefixes = prefixes
             self._whole_4 = whole_bytes(4, prefixes[0])
             self._whole_6 = whole_bytes(6, prefixes[1])
+            self._host = self._key = None
         if max_connections is not _KEPT:
             self._max_connections = max_connections
             self._most = sys.maxsize if max_connections is None else max_connections
@@ -145,15 +151,21 @@ class Peers:
         :param host: the address; ``None`` or what is no IP address is nobody's.
         :returns: the key. Those of different versions or prefixes are never equal.
         """
+        if host is self._host:
+            return self._key  # It is asked about, and then let in: 0.3 µs.
         packed = packed_of(host) if host else None
-        if packed is None:
-            return None
+        key: Key
         # What key_of does, without the call for the prefixes that most have.
-        if len(packed) == 4:
+        if packed is None:
+            key = None
+        elif len(packed) == 4:
             whole = self._whole_4
-            return packed[:whole] if whole else key_of(packed, self._prefixes[0])
-        whole = self._whole_6
-        return packed[:whole] if whole else key_of(packed, self._prefixes[1])
+            key = packed[:whole] if whole else key_of(packed, self._prefixes[0])
+        else:
+            whole = self._whole_6
+            key = packed[:whole] if whole else key_of(packed, self._prefixes[1])
+        self._host, self._key = host, key
+        return key
 
     def refusal(self, key: Key, now: float) -> Refusal | None:
         """
@@ -166,6 +178,8 @@ class Peers:
             return None
         if self._live.get(key, 0) >= self._most:
             return "connections"
+        if key not in self._recent and key not in self._before:
+            return None
         return "rate" if self.comes_too_often(key, now) else None
 
     def comes_too_often(self, key: Key, now: float) -> bool:
