@@ -982,6 +982,8 @@ def test_a_report_is_a_value() -> None:
     assert report.connections == 3
     assert str(report) == "1 finished, 2 given up; longest wait 1.2 s"
     assert str(DrainReport()) == "no connections"
+    assert DrainReport(unserved=2).connections == 0
+    assert str(DrainReport(unserved=2)) == "2 unserved"
     with pytest.raises(FrozenInstanceError):
         report.finished = 2  # type: ignore[misc]
 
@@ -1106,10 +1108,10 @@ async def test_who_was_just_accepted_is_served(
 
 
 @ensureDeferred
-async def test_who_is_not_served_any_more_is_no_part_of_it(
+async def test_who_was_accepted_and_cannot_start_any_more_is_unserved(
     serve: Any, connect: Any, clock: Clock
 ) -> None:
-    """H5: it was accepted, and had not come to be started."""
+    """H5: it had a slot, and had not come to be started. It is counted once."""
 
     class Hastier(Observer):
         def connection_accepted(self, connection: Any) -> None:
@@ -1120,8 +1122,51 @@ async def test_who_is_not_served_any_more_is_no_part_of_it(
     client = connect(server)
     assert await in_thread(client.read_all) == b""
     await until(lambda: reports and reports[0])
-    assert reports[0].results == [DrainReport()]
+    assert reports[0].results == [DrainReport(unserved=1)]
     assert server.describe()["counters"]["refusals"] == {"unserved": 1}
+
+
+@ensureDeferred
+async def test_who_was_held_for_an_evicted_ones_slot_is_unserved(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """H5, N1: no handler had started for it; the evicted one is a connection."""
+    handler, release = stubborn_and_its_release()
+    server = await serve(handler, clock=clock, max_connections=1, overflow="evict")
+    clients = [connect(server)]
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    clients.append(connect(server))
+    await until(lambda: server.describe()["held"] == 1)
+    over = Fired(server.drain(timeout=30.0))
+    assert await in_thread(clients[1].read_all) == b""
+    clock.advance(2.0)
+    release()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1, unserved=1, longest_wait=2.0)]
+    assert over.results[0].connections == 1
+    said = "drained in 2.0 s: 1 finished, 1 unserved; longest wait 2.0 s"
+    assert said in logs.texts()[-1]
+
+
+@ensureDeferred
+async def test_whom_somebody_elses_close_has_left_unserved_is_not_the_drains(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """The report is of what was there when the drain found the server closed."""
+    handler, release = stubborn_and_its_release()
+    server = await serve(handler, clock=clock, max_connections=1, overflow="evict")
+    connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    newcomer = connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    over = Fired(server.drain(announce=5.0, timeout=30.0))
+    server.close()
+    assert await in_thread(newcomer.read_all) == b""
+    release()
+    await until_over(over, clock)
+    assert over.results[0].unserved == 0
 
 
 @ensureDeferred

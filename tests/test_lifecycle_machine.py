@@ -307,6 +307,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.drained: Any = None
         self.was_there: dict[int, Any] = {}
         self.there_failed = 0
+        self.there_unserved = 0
         self.path = f"{self.directory}/{next(_numbers)}"
         self.watch = Watch(self)
         creating = KINDS[self.kind].create(
@@ -417,6 +418,7 @@ class Lifecycle(RuleBasedStateMachine):
         """A drain stops accepting: who is there now is its business."""
         self.was_there = {c.id: None for c in self.factory.connections}
         self.there_failed = self.factory.counters.failed
+        self.there_unserved = self.factory.counters.refused
         self.server_closes()
         go_on()
 
@@ -565,7 +567,9 @@ class Lifecycle(RuleBasedStateMachine):
         ]
         assert report.connections == len(counted), (report, self.was_there)
         assert report.given_up == sum(c.is_running for c in live.values())
-        assert report.errors == self.factory.counters.failed - self.there_failed
+        counters = self.factory.counters
+        assert report.errors == counters.failed - self.there_failed
+        assert report.unserved == counters.refused - self.there_unserved
         assert 0 <= report.longest_wait <= self.clock.seconds()
         assert server.is_closed
         assert live or self.over.state == "done" or report.given_up == 0
