@@ -497,8 +497,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
     def is_draining(self) -> bool:
         """
         Whether a drain has begun. It stays true: a server that drains does not come
-        back. A health check that asks this fails before clients are refused, see
-        ``announce`` of :class:`tcpsvc.DrainOptions`.
+        back. A health check that asks this fails before clients are refused, given
+        an ``announce`` of :class:`tcpsvc.DrainOptions`.
         """
         return self._drain is not None
 

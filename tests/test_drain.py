@@ -457,29 +457,78 @@ async def test_dropping_goes_on_while_it_is_announced(
     assert over.results[0].connections == 1
 
 
-@pytest.mark.parametrize("how", ["hold", "refuse"])
 @ensureDeferred
-async def test_a_paused_server_is_drained_too(
-    serve: Any, connect: Any, clock: Clock, logs: Logs, how: Any
+async def test_a_server_on_hold_is_announced(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
 ) -> None:
-    """It accepts nobody anyway, and says so; resumed in the announcement it does."""
+    """G1, Z2: its port is open, and who waits is served if it is resumed in time."""
     server, clients = await serving(serve, connect, reads, clock, 1)
-    await server.pause(how)
+    server.pause("hold")
     over = Fired(server.drain(announce=2.0, timeout=30.0))
     assert "about to drain, paused for another 2 s" in logs.texts()[-1]
+    clients.append(connect(server))
     clock.advance(1.0)
     assert server.is_draining
     assert not server.is_closed
-    await server.resume()
-    clients.append(connect(server))
+    server.resume()
     await until(lambda: server.num_connections == 2)
-    await server.pause(how)
-    clock.advance(1.0)
+    server.pause("hold")
+    clock.advance(0.999)
+    assert not server.is_closed
+    clock.advance(0.001)
     assert server.is_closed
     for client in clients:
         client.close()
     await until_over(over, clock)
-    assert over.results[0].connections == 2
+    assert over.results == [DrainReport(finished=2)]
+
+
+@ensureDeferred
+async def test_a_server_that_refuses_is_not_announced(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """G1, Z3: clients are refused already, so it goes on to its handlers at once."""
+    log: list[Any] = []
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    server.add_observer(Watcher(log))
+    [told] = [server.connection(c.id).when_draining() for c in server.connections]
+    await server.pause("refuse")
+    over = Fired(server.drain(announce=60.0, timeout=30.0))
+    assert server.is_draining
+    assert server.is_closed
+    assert told.called
+    assert log == ["draining"]
+    assert not [t for t in logs.texts() if "about to drain" in t]
+    clients[0].close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
+    assert clock.seconds() == 0
+
+
+@pytest.mark.parametrize("before", [None, "hold"])
+@ensureDeferred
+async def test_a_pause_that_refuses_ends_the_announcement(
+    serve: Any, connect: Any, clock: Clock, before: Any
+) -> None:
+    """G2: as a close does; the pause has happened all the same."""
+    log: list[Any] = []
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    server.add_observer(Watcher(log))
+    over = Fired(server.drain(announce=60.0, timeout=30.0))
+    clock.advance(1.0)
+    if before is not None:
+        await server.pause(before)
+    assert not server.is_closed
+    await server.pause("refuse")
+    assert server.is_closed
+    assert server.is_paused is None
+    assert server._factory.is_draining
+    server.invariant()
+    clients[0].close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
+    assert clock.seconds() == 1.0
+    assert server._factory._observers[1:] == []
 
 
 @ensureDeferred

@@ -1115,7 +1115,10 @@ class Lifecycle(RuleBasedStateMachine):
         while box.state == "pending":
             pytest_twisted.blockon(turn())
         assert box.state == "done", box.value
-        self.paused = how
+        if how == "refuse" and self.drains:
+            assert self.closed, "refuses, and still announces its drain"
+        if not self.closed:
+            self.paused = how
         if how == "refuse":
             self.unlistened_at = self.steps
 
