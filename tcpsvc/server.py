@@ -14,10 +14,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocolFactory
 from zope.interface import implementer
 
+from tcpsvc import creation
 from tcpsvc._waiters import Event, all_of
 from tcpsvc.cancelling import Cancellation
 from tcpsvc.control import Control
@@ -32,10 +33,9 @@ from tcpsvc.listener import Listener
 from tcpsvc.listeners import Listeners
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.pausing import How, Pausing
-from tcpsvc.places import Places, places_of, places_text
+from tcpsvc.places import Places, places_text
 from tcpsvc.reader import Reader
-from tcpsvc.sockets import close_given
-from tcpsvc.where import AddressT, InetAddress, ListeningOnT, SocketPlace
+from tcpsvc.where import AddressT, InetAddress, ListeningOnT
 from tcpsvc.writer import Writer
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             and with :exc:`ValueError` or :exc:`TypeError` when an option is
             wrong, before anything is opened. Cancelling it leaves nothing open.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(
                 ServerFactory.of_streams, handler, on_handler_error=on_handler_error
@@ -136,7 +137,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :raises ValueError: an option is wrong, or ``where`` is no inet address.
         :raises TypeError: an option is unknown or of the wrong kind.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(
                 ServerFactory.of_streams, handler, on_handler_error=on_handler_error
@@ -163,7 +165,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :returns: as :meth:`create`. An endpoint whose transport is no plain
             socket, such as TLS, is a :exc:`ValueError`.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
             options,
@@ -181,7 +184,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         As :meth:`create_sock`, but at once; see :meth:`create_inet`.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
             options,
@@ -209,7 +213,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :param options: see :class:`tcpsvc.Options`.
         :returns: as :meth:`create`.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(
                 ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
@@ -229,105 +234,14 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         As :meth:`create_protocol`, but at once; see :meth:`create_inet`.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(
                 ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
             ),
             options,
         )
-
-    @classmethod
-    def bind(
-        cls,
-        where: Places[AddressT, ListeningOnT],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Deferred[Server[AddressT, ListeningOnT]]:
-        """
-        The first half of a creation: listen, and let clients wait. The second is
-        :meth:`begin`. In between a daemon forks and drops its privileges.
-
-        :param make_factory: makes the factory of the options, and raises what is
-            wrong with them.
-        :returns: a Deferred that fires with the server. It has fired already
-            where no endpoint is in the way.
-        """
-        bound: Deferred[Any] = maybeDeferred(cls._bind, where, make_factory, options)
-        return bound
-
-    @classmethod
-    def _bind(
-        cls,
-        where: Places[Any, Any],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Any:
-        given = options.get("socket")
-        try:
-            places = places_of(where)
-            is_immediate = all(isinstance(place, SocketPlace) for place in places)
-            if given is not None and len(places) > 1:
-                raise ValueError(
-                    f"socket={given!r} with {len(places)} places: it can be bound to "
-                    "one; leave it out, or create a server of its own for it"
-                )
-            if given is not None and not is_immediate:
-                raise ValueError(
-                    f"socket={given!r} with an endpoint, which has its own"
-                )
-            factory = make_factory(**options)
-        except BaseException:
-            close_given(given)
-            raise
-        if is_immediate:
-            bound = Listeners.bind_now(cast(Any, places), factory, given)
-            return cls(bound, factory)
-        factory.hold_starts()
-        binding = Deferred.fromCoroutine(Listeners.bind(places, factory))
-        return binding.addCallback(lambda bound: cls(bound, factory))
-
-    def begin(self) -> None:
-        """
-        Let clients in. The second half of a creation, see :meth:`bind`.
-
-        :raises CannotListenError: there is no descriptor left to serve with. The
-            server is closed then.
-        """
-        self._factory.begin_starts()
-        if not self.is_closed:
-            try:
-                self._listeners.begin()
-            except BaseException:
-                self.abandon()
-                raise
-
-    @classmethod
-    def _create(
-        cls,
-        where: Places[AddressT, ListeningOnT],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Deferred[Server[AddressT, ListeningOnT]]:
-        return cls.bind(where, make_factory, options).addCallback(_begun)
-
-    @classmethod
-    def _create_inet(
-        cls,
-        where: Places[InetAddress, int],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> InetServer:
-        try:
-            for place in places_of(where):
-                if not isinstance(place, SocketPlace) or not isinstance(
-                    place.address, InetAddress
-                ):
-                    raise ValueError(f"where={place!r} is no inet address: use create")
-        except BaseException:
-            close_given(options.get("socket"))
-            raise
-        return _begun(cast(InetServer, cls._bind(where, make_factory, options)))
 
     # Where it listens.
 
@@ -552,17 +466,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         return self._factory.failed()
 
-    def abandon(self) -> None:
-        """
-        Close the listening sockets at once, before they have ever served and
-        without a running reactor: for a daemon that fails to start.
-        """
-        if not self._is_port_closing:
-            self._is_port_closing = True
-            self._factory.close()
-            self._listeners.stop_at_once()
-            self._pausing.over()
-
     def cancel_handlers(self) -> None:
         """
         Cancel the coroutine or Deferred of every handler that still runs. One
@@ -577,16 +480,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         stopped the reactor, if one has (H7).
         """
         return self._factory.stopped_by
-
-    @property
-    def is_reporting_errors(self) -> bool:
-        """Whether a call of ``on_handler_error`` has not ended yet."""
-        return self._factory.is_reporting_errors
-
-    @property
-    def clock(self) -> Any:
-        """What times this server: the ``clock`` it was given, or its reactor."""
-        return self._factory.clock
 
     def _close_port(self) -> None:
         if self._is_port_closing:
@@ -662,11 +555,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             f"<Server on {places_text(x.where for x in self.listeners)} {state}, "
             f"{factory.num_connections}/{factory.max_connections} connections>"
         )
-
-
-def _begun(server: Server[AddressT, ListeningOnT]) -> Server[AddressT, ListeningOnT]:
-    server.begin()
-    return server
 
 
 InetServer = Server[InetAddress, int]

@@ -32,6 +32,7 @@ from twisted.logger import LogLevel
 
 import tcpsvc.exhaustion
 from tcpsvc import LOCALHOST, Server, ServerFactory, WhereToListen, tap
+from tcpsvc.creation import bind
 from tcpsvc.events import Observer
 from tcpsvc.exhaustion import EXHAUSTION_PAUSE, SHED_PAUSE, Exhaustion
 from tcpsvc.kernel import is_readable
@@ -605,7 +606,8 @@ async def test_a_creation_that_fails_leaves_no_reserve(
             taken, handlers, on_handler_error="ignore", on_exhaustion="shed"
         )
     assert len(reserves()) == 1
-    bound = await Server.bind(
+    bound = await bind(
+        Server,
         LOOPBACK,
         lambda **options: ServerFactory.of_streams(
             handlers, on_handler_error="ignore", **options

@@ -119,8 +119,7 @@ async def test_an_unknown_option_is_named(serve: Any) -> None:
         (
             IServer,
             Server,
-            # The two halves of a creation, and what a daemon and a test ask for.
-            {"begin", "bind", "abandon", "stopped_by", "is_reporting_errors", "clock"},
+            set(),
         ),
         (tcpsvc.IObserver, tcpsvc.Observer, set()),
     ],

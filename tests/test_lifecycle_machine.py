@@ -711,7 +711,7 @@ class Lifecycle(RuleBasedStateMachine):
         timers = self.clock.getDelayedCalls()
         is_drained = not self.drains or self.drained is not None
         # Those who cancel handlers wait for reports of their errors, too.
-        is_drained = is_drained and not server.is_reporting_errors
+        is_drained = is_drained and not self.factory.is_reporting_errors
         if is_drained and not (live or held or factory._replies._connections):
             may_wait = options["accept_rate"] is not None and not self.closed
             assert len(timers) <= may_wait, timers
@@ -881,7 +881,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert self.closed or waits.state == "pending"
             if self.closed and waits.state != "done":
                 return "close() has not finished"
-        is_over = self.closed and not live and not self.server.is_reporting_errors
+        is_over = self.closed and not live and not self.factory.is_reporting_errors
         assert is_over or self.over.state == "pending"
         if is_over and self.over.state != "done":
             return "not over"
@@ -1108,8 +1108,9 @@ class Lifecycle(RuleBasedStateMachine):
 
     def pause(self, how: Any) -> None:
         """Pause, in one way or the other, or resume."""
+        was_closed = self.closed  # It may be closed by that, when it drains.
         box = Box(self.server.pause(how) if how else self.server.resume())
-        if self.closed:
+        if was_closed:
             assert box.state == ServerClosed.__name__
             return
         while box.state == "pending":

@@ -881,9 +881,14 @@ async def test_abandoned_while_paused(how: Any, tmp_path: Path) -> None:
     await service.bind()
     assert service.server is not None
     await service.server.pause(how)
+    server = service.server
     service.abandon()
     assert os.listdir(tmp_path) == []
     assert factory.heard == ["start", "stop"]
+    server.invariant()
+    await server.close_finished()
+    await server.close_finished_and_handlers_determined()
+    await server.failed()
 
 
 @ensureDeferred
