@@ -535,8 +535,10 @@ class Lifecycle(RuleBasedStateMachine):
             assert connection.age >= 1.0
 
     def see_limit_reached(self, limit: str) -> None:
-        """There is but one that is told of."""
-        assert limit == "max_connections"
+        """It makes clients wait, or has them refused."""
+        assert limit in ("max_connections", "accept_rate")
+        assert self.options[limit] is not None
+        assert not self.dry(limit)
 
     def see_accept_failed(self, error: OSError) -> None:
         """There is no want of descriptors here."""
