@@ -272,7 +272,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
 
         :raises ServerClosed: it is closed, also by ``pause("refuse")``.
         """
-        listening = self.listeners[0].socket
+        listening = self._listeners.ports[0].socket
         if self.is_closed or listening is None:
             raise ServerClosed(
                 f"{self!r} has no listening socket until it is resumed"

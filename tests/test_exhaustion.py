@@ -578,9 +578,9 @@ async def test_the_reserve_is_one_descriptor_while_it_may_be_needed(
     server = await serve(handlers, on_exhaustion="shed")
     [descriptor] = reserves()
     assert not os.get_inheritable(descriptor)
-    server.listeners[0]._gate.close()
+    server._listeners.ports[0]._gate.close()
     assert reserves() == []
-    server.listeners[0]._gate.open()
+    server._listeners.ports[0]._gate.open()
     assert len(reserves()) == 1
     server._factory.change({"on_exhaustion": "back-off"})
     assert reserves() == []
