@@ -18,7 +18,7 @@ It is over at once, in whichever phase, when nothing is live any more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 
 from tcpsvc._waiters import Event
-from tcpsvc.address_text import addresses_text
 from tcpsvc.connection import Connection
 from tcpsvc.drain_lines import NEAR, Lines
 from tcpsvc.drain_options import Durations
@@ -42,9 +41,6 @@ SPREAD_INTERVAL = 0.02
 
 class Drained(Protocol):
     """What is asked of a server."""
-
-    @property
-    def listeners(self) -> Iterable[Any]: ...
 
     @property
     def is_closed(self) -> bool: ...
@@ -99,12 +95,17 @@ class Drain:
     it: so after each such call it looks at its phase again.
 
     :param server: the server.
+    :param addresses: where it listens, for the log.
     :param factory: the server's: what is live, who is told.
     :param durations: how long each phase lasts.
     """
 
     def __init__(
-        self, server: Drained, factory: ServerFactory, durations: Durations
+        self,
+        server: Drained,
+        addresses: str,
+        factory: ServerFactory,
+        durations: Durations,
     ) -> None:
         self._server = server
         self._factory = factory
@@ -120,11 +121,7 @@ class Drain:
         self._timer: IDelayedCall | None = None
         # What was on its way to a reader then may have been no whole message after
         # all, and a handler may have asked for EOF since.
-        self._lines = Lines(
-            addresses_text(listener.address for listener in server.listeners),
-            factory,
-            each_second=factory.tell_of_drain,
-        )
+        self._lines = Lines(addresses, factory, each_second=factory.tell_of_drain)
         self._refusing = _Refusing(self._go_on)
         self._tally = Tally(self._clock)
         self._report = DrainReport()
