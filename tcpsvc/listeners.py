@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -89,7 +90,10 @@ class Listeners:
                 served.begin()
             except OSError as error:
                 self.stop_at_once()
-                raise CannotListenError("", str(served.address), error) from error
+                address = served.address
+                if isinstance(address, UNIXAddress):
+                    raise CannotListenError(None, address.name, error) from error
+                raise CannotListenError(address.host, address.port, error) from error
 
     # Who is accepted.
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 import tcpsvc
-from tcpsvc import LOCALHOST, TcpService, WhereToListen
+from tcpsvc import LOCALHOST, TcpService, WhereToListen, daemon
 from tcpsvc.gate import Gate
 from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
 from tests.test_drain import Fired
@@ -634,7 +635,7 @@ async def test_a_start_without_descriptors_fails_and_may_be_tried_again(
     """W8: it does not run and serve nobody, nor does a stop wait for ever."""
     one = service(fixed_port())
     await one.bind()
-    with pytest.raises(CannotListenError, match="Too many open files"):
+    with pytest.raises(CannotListenError, match=r"127\.0\.0\.1:\d+: .*Too many open"):
         one.startService()
     assert one.server is None
     await one.stopService()
@@ -659,6 +660,26 @@ async def test_a_late_start_without_descriptors_is_logged_once(
     (line,) = logs.take(LogLevel.critical)
     assert "Too many open files" in formatEvent(line)
     await one.stopService()
+
+
+@ensureDeferred
+@pytest.mark.usefixtures("no_descriptor")
+async def test_a_daemon_that_cannot_begin_late_ends(
+    service: Any, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a status that tells."""
+    statuses: list[int] = []
+    monkeypatch.setattr(daemon, "_exit_status", statuses)
+    stops: list[bool] = []
+    process = daemon.Daemon(SimpleNamespace(stop=lambda: stops.append(True)))
+    endpoint = SlowEndpoint()
+    service(WhereToListen.of_endpoint(endpoint)).setServiceParent(process)
+    process.startService()
+    assert stops == []
+    endpoint.go.callback(None)
+    assert (stops, statuses) == ([True], [1])
+    logs.take(LogLevel.critical)
+    await process.stopService()
 
 
 # In company.
