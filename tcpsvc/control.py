@@ -59,6 +59,37 @@ class Control:
         """
         return self._factory.when_connections(condition)
 
+    # Who is let in.
+
+    @property
+    def num_connections(self) -> int:
+        """How many slots are taken: live connections, handlers included (A5)."""
+        return self._factory.num_connections
+
+    @property
+    def max_connections(self) -> int:
+        """How many slots there are. To be set at any time; closes nobody."""
+        return self._factory.max_connections
+
+    @max_connections.setter
+    def max_connections(self, limit: int) -> None:
+        self._factory.max_connections = limit
+
+    @property
+    def is_dropping_incoming_connections(self) -> bool:
+        """Whether each incoming connection is closed at once (D)."""
+        return self._factory.is_dropping
+
+    def set_drop_incoming_connections(self, drop: bool) -> None:
+        """
+        Accept each incoming connection and close it at once, or stop doing so
+        (D). Existing connections go on. Clients that wait because all slots are
+        taken are dropped too.
+
+        :param drop: whether to drop from now on.
+        """
+        self._factory.set_drop_incoming_connections(drop)
+
     # Changes.
 
     @property

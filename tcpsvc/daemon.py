@@ -78,7 +78,9 @@ class Daemon(MultiService):
 
     def _watch(self, service: TcpService) -> None:
         server = service.server
-        assert server is not None
+        if server is None:  # It was bound late, and could not begin.
+            self._end(1)
+            return
         if self._prints:
             # By now twistd's log has taken the place of sys.stdout.
             for listener in server.listeners:

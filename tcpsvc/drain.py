@@ -18,7 +18,7 @@ It is over at once, in whichever phase, when nothing is live any more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -27,11 +27,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 
 from tcpsvc._waiters import Event
-from tcpsvc.address_text import addresses_text
 from tcpsvc.connection import Connection
 from tcpsvc.drain_lines import NEAR, Lines
 from tcpsvc.drain_options import Durations
 from tcpsvc.drain_report import DrainReport, Tally
+from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
 from tcpsvc.reasons import Reason
 
@@ -43,10 +43,10 @@ class Drained(Protocol):
     """What is asked of a server."""
 
     @property
-    def listeners(self) -> Iterable[Any]: ...
+    def is_closed(self) -> bool: ...
 
     @property
-    def is_closed(self) -> bool: ...
+    def is_paused(self) -> str | None: ...
 
     def close(self) -> Deferred[None]: ...
 
@@ -76,6 +76,17 @@ _OPTIONS = {
 }
 
 
+class _Refusing(Observer):
+    """Sees that the server refuses clients from now on."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self._then = then
+
+    def server_paused(self, how: str) -> None:
+        if how == "refuse":
+            self._then()
+
+
 class Drain:
     """
     Closes a server and sees it to its end. It does nothing before :meth:`begin`.
@@ -84,12 +95,17 @@ class Drain:
     it: so after each such call it looks at its phase again.
 
     :param server: the server.
+    :param addresses: where it listens, for the log.
     :param factory: the server's: what is live, who is told.
     :param durations: how long each phase lasts.
     """
 
     def __init__(
-        self, server: Drained, factory: ServerFactory, durations: Durations
+        self,
+        server: Drained,
+        addresses: str,
+        factory: ServerFactory,
+        durations: Durations,
     ) -> None:
         self._server = server
         self._factory = factory
@@ -105,11 +121,8 @@ class Drain:
         self._timer: IDelayedCall | None = None
         # What was on its way to a reader then may have been no whole message after
         # all, and a handler may have asked for EOF since.
-        self._lines = Lines(
-            addresses_text(listener.address for listener in server.listeners),
-            factory,
-            each_second=factory.tell_of_drain,
-        )
+        self._lines = Lines(addresses, factory, each_second=factory.tell_of_drain)
+        self._refusing = _Refusing(self._go_on)
         self._tally = Tally(self._clock)
         self._report = DrainReport()
         self._when_over = Event()
@@ -124,12 +137,17 @@ class Drain:
     def begin(self) -> None:
         """The first phase."""
         self._factory.events.server_draining()
-        if self._server.is_closed or not self._durations.announce:
+        # Who refuses clients already has nothing to announce. Who holds them has: its
+        # port is open, and a resume serves who has come meanwhile.
+        refuses = self._server.is_closed or self._server.is_paused == "refuse"
+        if refuses or not self._durations.announce:
             self._stop_accepting()
             return
         self._phase = Phase.ANNOUNCING
+        self._factory.add_observer(self._refusing)
         self._lines.announcing(self._durations.announce)
-        # Somebody else's close, or a handler's error, ends the announcement.
+        # Somebody else's close, or a handler's error, ends the announcement, as a
+        # pause does that refuses.
         self._server.close_finished().addCallback(self._port_closed)
         self._wait(self._durations.announce)
 
@@ -201,6 +219,7 @@ class Drain:
         """From one phase to the next."""
         self._stop_timer()
         if self._phase is Phase.ANNOUNCING:
+            self._factory.remove_observer(self._refusing)
             self._stop_accepting()
         elif self._phase is Phase.FINISHING:
             self._begin_to_close()

@@ -24,8 +24,10 @@ class DrainOptions(TypedDict, total=False):
     server drains already.
 
     ``announce``
-        How long it still accepts while :attr:`tcpsvc.Server.is_draining` is true, so
-        that health checks fail before clients are refused. Default 0.
+        How long it goes on as before while :attr:`tcpsvc.Server.is_draining` is true,
+        so that health checks fail before clients are refused. Default 0. A
+        ``pause("refuse")``, before or meanwhile, leaves nothing to announce: it is over
+        then.
     ``timeout``
         How long handlers may go on by themselves once it accepts nobody; ``None`` for
         any time. Default 30.

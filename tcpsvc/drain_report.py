@@ -20,7 +20,8 @@ from tcpsvc.reasons import Reason
 class DrainReport:
     """
     How the connections ended that were there when a drain stopped accepting. Each is
-    counted once, by the last thing that had to be done to it.
+    counted once, by the last thing that had to be done to it. Clients that had no
+    handler then, and get none, are counted beside them.
 
     :ivar finished: they ended by themselves, or by a limit, as on any day.
     :ivar closed_idle: their handlers had asked for EOF, got it while nothing was under
@@ -30,6 +31,9 @@ class DrainReport:
     :ivar aborted: their sockets had to be reset.
     :ivar given_up: their handlers still run.
     :ivar errors: how many of all these handlers raised.
+    :ivar unserved: further clients that were accepted, and closed before a handler had
+        started: those who waited for a slot (``overflow="evict"``, or a port that
+        cannot be gated), for ``accept_rate`` or for a resume there.
     :ivar longest_wait: seconds from the end of accepting to the end of the last.
     """
 
@@ -41,10 +45,11 @@ class DrainReport:
     given_up: int = 0
     errors: int = 0
     longest_wait: float = 0.0
+    unserved: int = 0
 
     @property
     def connections(self) -> int:
-        """How many there were."""
+        """How many there were, without the unserved."""
         return sum(getattr(self, step) for step in _STEPS)
 
     def __str__(self) -> str:
@@ -56,9 +61,12 @@ class DrainReport:
         ]
         if self.errors:
             said.append(f"{self.errors} failed")
+        if self.unserved:
+            said.append(f"{self.unserved} unserved")
         if not said:
             return "no connections"
-        return f"{', '.join(said)}; longest wait {self.longest_wait:.1f} s"
+        waited = f"; longest wait {self.longest_wait:.1f} s" if self.connections else ""
+        return ", ".join(said) + waited
 
 
 _STEPS = tuple(f.name for f in fields(DrainReport))[:6]
@@ -78,6 +86,7 @@ class Tally(Observer):
         self._done: dict[int, str] = {}
         self._counts = dict.fromkeys(_STEPS, 0)
         self._errors = 0
+        self._unserved = 0
         self._longest_wait = 0.0
 
     def note(self, connection: Connection[Any], step: str) -> None:
@@ -90,9 +99,14 @@ class Tally(Observer):
         if outcome == "failed":
             self._errors += 1
 
+    def connection_refused(self, address: Any, reason: Reason) -> None:
+        if reason is Reason.UNSERVED:
+            self._unserved += 1
+
     def connection_finished(self, connection: Any) -> None:
-        if connection.reason.is_refusal:
-            return  # Accepted just before the close: it has never started.
+        if connection.reason is Reason.UNSERVED:
+            self._unserved += 1  # It had a slot, and its handler has never started.
+            return
         self._count(self._done.pop(connection.id, "") or _step_of(connection))
 
     def _count(self, step: str) -> None:
@@ -112,7 +126,10 @@ class Tally(Observer):
                 else self._done.get(connection.id, "closed")
             )
         return DrainReport(
-            **self._counts, errors=self._errors, longest_wait=self._longest_wait
+            **self._counts,
+            errors=self._errors,
+            longest_wait=self._longest_wait,
+            unserved=self._unserved,
         )
 
 

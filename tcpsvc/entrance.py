@@ -470,8 +470,8 @@ class Entrance(protocol.ServerFactory):
         slots.take(connection, may_exceed=may_exceed)
         if self._sweeper.sweeps_all:
             self._sweeper.began()
-        if slots.is_full:
-            self._refusal_log.reached_limit()
+        if slots.is_full and not may_exceed:
+            self._refusal_log.all_slots_taken()
         if self._conditions.waiting:
             self._conditions.look(slots)
 
@@ -481,10 +481,13 @@ class Entrance(protocol.ServerFactory):
 
     def _wait_for_rate(self, now: float | None = None) -> None:
         """Have the next client wait until accept_rate allows one."""
+        was_waiting = self._rate_wait is not None
         self._stop_waiting_for_rate()
         wait = self._admission.wait(self.clock.seconds() if now is None else now)
         if wait > 0 and not self.is_closed:
             self._rate_wait = self.clock.callLater(wait, self._rate_allows)
+            if not was_waiting:
+                self.events.limit_reached("accept_rate")
 
     def _rate_allows(self) -> None:
         self._rate_wait = None

@@ -53,7 +53,11 @@ class Observer:
         """It is over, and its slot free when all have been told."""
 
     def limit_reached(self, limit: str) -> None:
-        """From now on clients wait, or are refused."""
+        """
+        From now on clients wait, are refused, or have others evicted:
+        ``"max_connections"``, the last slot was taken; or ``"accept_rate"``, the last
+        token was. That of a peer is told by ``connection_refused``.
+        """
 
     def accept_failed(self, error: OSError) -> None:
         """The kernel did not give a client, for want of descriptors, say."""

@@ -107,6 +107,7 @@ class IServer(Interface):
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
     connections = Attribute("A tcpsvc.ConnectionSnapshot of each live connection.")
     limits = Attribute("The limits that there are, in a line.")
+    stopped_by = Attribute("What a handler has stopped the reactor with, else None.")
     #: An attribute, since mypy-zope has no word for ``Unpack``.
     change = Attribute("``change(**options)``: other ones from now on, all or none.")
 
@@ -222,7 +223,12 @@ class IObserver(Interface):
         """
 
     def limit_reached(limit):
-        """A limit, by the name of its option: further clients wait, or are refused."""
+        """
+        ``"max_connections"``: the last slot was taken. ``"accept_rate"``: the last
+        token was. Each time, not for each client that waits then, or is refused. Not
+        for a limit in a dry run, nor for those of one peer, which
+        ``connection_refused`` tells of.
+        """
 
     def accept_failed(error):
         """Accepting has failed with an OSError."""

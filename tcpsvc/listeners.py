@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -17,6 +18,7 @@ from tcpsvc._waiters import all_of
 from tcpsvc.factory import ServerFactory
 from tcpsvc.listener import Listener
 from tcpsvc.listening import close_all_at_once, listen_everywhere, listen_now
+from tcpsvc.served_port import ServedPort
 from tcpsvc.where import SocketPlace, WhereToListen
 
 
@@ -25,6 +27,7 @@ class Listeners:
     The listeners of a server. Made by :meth:`bind_now` and :meth:`bind`.
 
     :ivar all: each of them, in the order in which they were asked for.
+    :ivar ports: what each listens with.
     """
 
     def __init__(
@@ -37,15 +40,19 @@ class Listeners:
         self._factory = factory
         self._has_begun = False
         try:
-            self.all = tuple(
-                Listener(where, port, factory, is_given=given is not None)
+            self.ports = tuple(
+                ServedPort(where, port, factory, is_given=given is not None)
                 for where, port in zip(places, ports, strict=True)
             )
         except BaseException:
             close_all_at_once(ports)
             raise
+        self.all: tuple[Listener[Any, Any], ...] = tuple(
+            Listener(where, port)
+            for where, port in zip(places, self.ports, strict=True)
+        )
         #: Who is asked first when a place is found.
-        self._order = list(self.all)
+        self._order = list(self.ports)
         self._ports_are_new()
 
     @classmethod
@@ -78,12 +85,15 @@ class Listeners:
             Nothing listens any more then.
         """
         self._has_begun = True
-        for listener in self.all:
+        for served in self.ports:
             try:
-                listener.begin()
+                served.begin()
             except OSError as error:
                 self.stop_at_once()
-                raise CannotListenError("", str(listener.address), error) from error
+                address = served.address
+                if isinstance(address, UNIXAddress):
+                    raise CannotListenError(None, address.name, error) from error
+                raise CannotListenError(address.host, address.port, error) from error
 
     # Who is accepted.
 
@@ -93,27 +103,27 @@ class Listeners:
 
         When places are found one by one, whoever is read from first has each of
         them, and epoll reports what is ready in the order in which it was added. So
-        the listener that was first this time is last the next, and none starves
+        the port that was first this time is last the next, and none starves
         beside a busy one.
         """
         if len(self._order) == 1:
             self._order[0].update()  # Once a connection: nothing more.
             return
-        first: Listener[Any, Any] | None = None
-        for listener in self._order:
-            if listener.update() and first is None:
-                first = listener
+        first: ServedPort | None = None
+        for served in self._order:
+            if served.update() and first is None:
+                first = served
         if first is not None:
             self._order.remove(first)
             self._order.append(first)
 
     def addresses(self) -> list[Any]:
         """The address of each."""
-        return [listener.address for listener in self.all]
+        return [served.address for served in self.ports]
 
     def _ports_are_new(self) -> None:
         self._factory.inherits_nodelay = all(
-            listener.inherits_nodelay for listener in self.all
+            served.inherits_nodelay for served in self.ports
         )
 
     # Closing, and listening again.
@@ -124,12 +134,12 @@ class Listeners:
 
         :returns: a Deferred of one's own that fires when they are closed.
         """
-        return all_of([listener.stop() for listener in self.all])
+        return all_of([served.stop() for served in self.ports])
 
     def stop_at_once(self) -> None:
         """Close all sockets now. They have served nobody."""
-        for listener in self.all:
-            listener.stop_at_once()
+        for served in self.ports:
+            served.stop_at_once()
 
     def again(self) -> list[SocketPlace[Any, Any]]:
         """
@@ -138,12 +148,12 @@ class Listeners:
         :raises ValueError: one of them cannot be promised the same address again.
         """
         places = []
-        for listener in self.all:
+        for served in self.ports:
             try:
-                places.append(listener.again())
+                places.append(served.again())
             except ValueError as error:
                 raise ValueError(
-                    f"pause('refuse') closes {listener.where}, which could not be "
+                    f"pause('refuse') closes {served.where}, which could not be "
                     f"opened again: {error}. Use pause('hold'), which leaves it open "
                     "and lets clients wait"
                 ) from error
@@ -157,14 +167,14 @@ class Listeners:
         :raises CannotListenError: the kernel refused one of them.
         """
         ports = listen_now(places, self._factory)
-        served = 0
+        count = 0
         try:
-            for listener, port in zip(self.all, ports, strict=True):
-                served += 1
-                listener.serve(port)
+            for served, port in zip(self.ports, ports, strict=True):
+                count += 1
+                served.serve(port)
         except BaseException:
             self.stop_at_once()
-            close_all_at_once(ports[served:])
+            close_all_at_once(ports[count:])
             raise
         self._ports_are_new()
         if self._has_begun:

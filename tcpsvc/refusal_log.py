@@ -70,8 +70,8 @@ class RefusalLog:
                 count=owner.counters.would_refuse[reason.value],
             )
 
-    def reached_limit(self) -> None:
-        """All slots are taken."""
+    def all_slots_taken(self) -> None:
+        """A client has taken the last."""
         owner = self._owner
         owner.events.limit_reached("max_connections")
         settings = owner.settings

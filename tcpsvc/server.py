@@ -1,9 +1,10 @@
 """
-A TCP or UNIX-socket server: its creation, its pauses, its closing, its inspection.
+A TCP or UNIX-socket server: how it is created, where it listens, what it tells of
+itself.
 
-:class:`Server` puts three things together and adds the order of events between
-them: where it listens (:mod:`tcpsvc.listeners`), who is admitted and what is live
-(:mod:`tcpsvc.factory`), and whether it is paused (:mod:`tcpsvc.pausing`).
+:class:`Server` is put together of what is here, of its life from then on
+(:mod:`tcpsvc.lifecycle`), and of what its owner sees and changes meanwhile
+(:mod:`tcpsvc.control`).
 """
 
 from __future__ import annotations
@@ -14,28 +15,23 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocolFactory
 from zope.interface import implementer
 
-from tcpsvc._waiters import Event, all_of
-from tcpsvc.cancelling import Cancellation
+from tcpsvc import creation
 from tcpsvc.control import Control
-from tcpsvc.drain import Drain
-from tcpsvc.drain_options import DrainOptions, Durations, check_drain_options
-from tcpsvc.drain_report import DrainReport
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
 from tcpsvc.interfaces import IServer
+from tcpsvc.lifecycle import Lifecycle
 from tcpsvc.listener import Listener
 from tcpsvc.listeners import Listeners
 from tcpsvc.options import Options, StreamOptions
-from tcpsvc.pausing import How, Pausing
-from tcpsvc.places import Places, places_of, places_text
+from tcpsvc.places import Places, places_text
 from tcpsvc.reader import Reader
-from tcpsvc.sockets import close_given
-from tcpsvc.where import AddressT, InetAddress, ListeningOnT, SocketPlace
+from tcpsvc.where import AddressT, InetAddress, ListeningOnT
 from tcpsvc.writer import Writer
 
 if TYPE_CHECKING:
@@ -46,7 +42,7 @@ SockHandler = Callable[[AddressT, socket_module.socket], object]
 
 
 @implementer(IServer)
-class Server(Control, Generic[AddressT, ListeningOnT]):
+class Server(Control, Lifecycle, Generic[AddressT, ListeningOnT]):
     """
     A server that listens. Make one with :meth:`create` or one of its kin::
 
@@ -61,20 +57,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
 
     def __init__(self, listeners: Listeners, factory: ServerFactory) -> None:
         """Not to be called: use :meth:`create` and its kin."""
-        self._listeners = listeners
-        self._factory = factory
-        self._pausing = Pausing(listeners, factory)
-        self._cancellation = Cancellation(factory)
+        super().__init__(listeners, factory)
         factory.server = self
-        self._is_port_closing = False
-        self._port_closed = Event()
-        self._when_over = Event()
-        self._drain: Drain | None = None
-        factory.listen_with(
-            listeners.update,
-            self._close_port,
-            listeners.addresses,
-        )
 
     # Creation.
 
@@ -112,7 +96,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             and with :exc:`ValueError` or :exc:`TypeError` when an option is
             wrong, before anything is opened. Cancelling it leaves nothing open.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(
                 ServerFactory.of_streams, handler, on_handler_error=on_handler_error
@@ -137,7 +122,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :raises ValueError: an option is wrong, or ``where`` is no inet address.
         :raises TypeError: an option is unknown or of the wrong kind.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(
                 ServerFactory.of_streams, handler, on_handler_error=on_handler_error
@@ -164,7 +150,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :returns: as :meth:`create`. An endpoint whose transport is no plain
             socket, such as TLS, is a :exc:`ValueError`.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
             options,
@@ -182,7 +169,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         As :meth:`create_sock`, but at once; see :meth:`create_inet`.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(ServerFactory.of_socks, handler, on_handler_error=on_handler_error),
             options,
@@ -210,7 +198,8 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :param options: see :class:`tcpsvc.Options`.
         :returns: as :meth:`create`.
         """
-        return cls._create(
+        return creation.create(
+            cls,
             where,
             partial(
                 ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
@@ -230,105 +219,14 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         """
         As :meth:`create_protocol`, but at once; see :meth:`create_inet`.
         """
-        return cls._create_inet(
+        return creation.create_inet(
+            cast("type[InetServer]", cls),
             where,
             partial(
                 ServerFactory.of_protocols, factory, on_handler_error=on_handler_error
             ),
             options,
         )
-
-    @classmethod
-    def bind(
-        cls,
-        where: Places[AddressT, ListeningOnT],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Deferred[Server[AddressT, ListeningOnT]]:
-        """
-        The first half of a creation: listen, and let clients wait. The second is
-        :meth:`begin`. In between a daemon forks and drops its privileges.
-
-        :param make_factory: makes the factory of the options, and raises what is
-            wrong with them.
-        :returns: a Deferred that fires with the server. It has fired already
-            where no endpoint is in the way.
-        """
-        bound: Deferred[Any] = maybeDeferred(cls._bind, where, make_factory, options)
-        return bound
-
-    @classmethod
-    def _bind(
-        cls,
-        where: Places[Any, Any],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Any:
-        given = options.get("socket")
-        try:
-            places = places_of(where)
-            is_immediate = all(isinstance(place, SocketPlace) for place in places)
-            if given is not None and len(places) > 1:
-                raise ValueError(
-                    f"socket={given!r} with {len(places)} places: it can be bound to "
-                    "one; leave it out, or create a server of its own for it"
-                )
-            if given is not None and not is_immediate:
-                raise ValueError(
-                    f"socket={given!r} with an endpoint, which has its own"
-                )
-            factory = make_factory(**options)
-        except BaseException:
-            close_given(given)
-            raise
-        if is_immediate:
-            bound = Listeners.bind_now(cast(Any, places), factory, given)
-            return cls(bound, factory)
-        factory.hold_starts()
-        binding = Deferred.fromCoroutine(Listeners.bind(places, factory))
-        return binding.addCallback(lambda bound: cls(bound, factory))
-
-    def begin(self) -> None:
-        """
-        Let clients in. The second half of a creation, see :meth:`bind`.
-
-        :raises CannotListenError: there is no descriptor left to serve with. The
-            server is closed then.
-        """
-        self._factory.begin_starts()
-        if not self.is_closed:
-            try:
-                self._listeners.begin()
-            except BaseException:
-                self.abandon()
-                raise
-
-    @classmethod
-    def _create(
-        cls,
-        where: Places[AddressT, ListeningOnT],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> Deferred[Server[AddressT, ListeningOnT]]:
-        return cls.bind(where, make_factory, options).addCallback(_begun)
-
-    @classmethod
-    def _create_inet(
-        cls,
-        where: Places[InetAddress, int],
-        make_factory: Callable[..., ServerFactory],
-        options: Any,
-    ) -> InetServer:
-        try:
-            for place in places_of(where):
-                if not isinstance(place, SocketPlace) or not isinstance(
-                    place.address, InetAddress
-                ):
-                    raise ValueError(f"where={place!r} is no inet address: use create")
-        except BaseException:
-            close_given(options.get("socket"))
-            raise
-        return _begun(cast(InetServer, cls._bind(where, make_factory, options)))
 
     # Where it listens.
 
@@ -359,7 +257,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
 
         :raises ServerClosed: it is closed, also by ``pause("refuse")``.
         """
-        listening = self.listeners[0].socket
+        listening = self._listeners.ports[0].socket
         if self.is_closed or listening is None:
             raise ServerClosed(
                 f"{self!r} has no listening socket until it is resumed"
@@ -368,248 +266,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             )
         return listening
 
-    # Who is let in.
-
-    @property
-    def num_connections(self) -> int:
-        """How many slots are taken: live connections, handlers included (A5)."""
-        return self._factory.num_connections
-
-    @property
-    def max_connections(self) -> int:
-        """How many slots there are. To be set at any time; closes nobody."""
-        return self._factory.max_connections
-
-    @max_connections.setter
-    def max_connections(self, limit: int) -> None:
-        self._factory.max_connections = limit
-
-    @property
-    def is_dropping_incoming_connections(self) -> bool:
-        """Whether each incoming connection is closed at once (D)."""
-        return self._factory.is_dropping
-
-    def set_drop_incoming_connections(self, drop: bool) -> None:
-        """
-        Accept each incoming connection and close it at once, or stop doing so
-        (D). Existing connections go on. Clients that wait because all slots are
-        taken are dropped too.
-
-        :param drop: whether to drop from now on.
-        """
-        self._factory.set_drop_incoming_connections(drop)
-
-    # Pausing.
-
-    @property
-    def is_paused(self) -> How | None:
-        """``"hold"`` or ``"refuse"`` while paused, ``None`` otherwise (Z)."""
-        return self._pausing.how
-
-    def pause(self, how: How) -> Deferred[None]:
-        """
-        Accept nobody for a while (Z). Existing connections go on, and so do clients
-        that were accepted already. Any number of calls, from anywhere; pauses and
-        resumes take effect in the order of their calls.
-
-        :param how: ``"hold"``: clients connect, and wait in the kernel's backlog;
-            who finds it full is not answered. ``"refuse"``: the listening sockets
-            are closed, clients are refused, and those in the backlog are reset.
-        :returns: a Deferred of one's own that fires when the listening sockets are
-            closed; with ``"hold"`` it has fired. It fails with :exc:`ValueError`
-            when ``how`` is neither, or when ``"refuse"`` would close what cannot be
-            opened again: an inherited descriptor, a ``socket=`` of yours, an
-            endpoint, a place with ``reuseaddr=False``; and with
-            :exc:`ServerClosed` on a closed server. Nothing has changed then.
-            From ``"refuse"`` to ``"hold"`` it listens again first, and may fail as
-            :meth:`resume` does.
-        """
-        return self._pausing.pause(how)
-
-    def resume(self) -> Deferred[None]:
-        """
-        Accept again. After ``pause("refuse")`` it listens on the same addresses
-        again, also where the operating system chose the port.
-
-        :returns: a Deferred of one's own that fires when it listens; unless sockets
-            are still being closed it has fired. It fails with
-            :exc:`CannotListenError <twisted.internet.error.CannotListenError>` when
-            an address is taken: it listens on none then, and stays paused; and with
-            :exc:`ServerClosed` on a closed server.
-        """
-        return self._pausing.resume()
-
-    # Closing.
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether :meth:`close` was called, or a handler error has closed it."""
-        return self._factory.is_closed
-
-    def close(
-        self,
-        *,
-        close_existing_connections: bool = False,
-        cancel_handlers: bool = False,
-    ) -> Deferred[None]:
-        """
-        Accept nobody any more, and close the listening sockets (X). No handler
-        starts from now on. Any number of calls, from anywhere.
-
-        :param close_existing_connections: close the sockets of all existing
-            connections too, at once (X3): what the kernel took is delivered,
-            what only this process holds is discarded, and their handlers read
-            EOF. By default they go on to their end.
-        :param cancel_handlers: cancel the coroutine or Deferred of every handler that
-            still runs, after the closing. Without ``close_existing_connections`` what
-            a handler has written is then sent, and its client reads all of it; a
-            protocol is nothing to be cancelled, and goes on. One that has not ended a
-            second later is named in a line of the log.
-        :returns: a Deferred of one's own that fires when the listening socket is
-            closed, its port free and its path unlinked; and with
-            ``close_existing_connections`` every socket that existed at the call
-            too. It does not wait for handlers:
-            :meth:`close_finished_and_handlers_determined` does.
-        """
-        self._close_port()
-        closed = [self.close_finished()]
-        if close_existing_connections:
-            closed.append(self._factory.close_connections())
-        if cancel_handlers:
-            self._cancellation.cancel()
-        return all_of(closed)
-
-    def close_finished(self) -> Deferred[None]:
-        """
-        :returns: a Deferred of one's own that fires when the listening socket is
-            closed. It closes nothing.
-        """
-        return self._port_closed.wait()
-
-    def close_finished_and_handlers_determined(self) -> Deferred[None]:
-        """
-        :returns: a Deferred of one's own that fires when the listening socket is
-            closed, no connection is live, and ``on_handler_error`` of the last
-            one has returned (X4). It closes nothing.
-        """
-        return self._when_over.wait()
-
-    @property
-    def is_draining(self) -> bool:
-        """
-        Whether a drain has begun. It stays true: a server that drains does not come
-        back. A health check that asks this fails before clients are refused, see
-        ``announce`` of :class:`tcpsvc.DrainOptions`.
-        """
-        return self._drain is not None
-
-    def drain(self, **options: Unpack[DrainOptions]) -> Deferred[DrainReport]:
-        """
-        Close the server without losing a client, and see it to its end: announce it,
-        accept nobody, tell the handlers, wait for them, and in the end insist. Each
-        phase has a deadline, see :class:`tcpsvc.DrainOptions`; with no live connection
-        it is over when the listening socket is closed.
-
-        Called again it shortens the phases that are not over yet, the one it is in
-        from now on; it never makes one longer.
-
-        :param options: see :class:`tcpsvc.DrainOptions`.
-        :returns: a Deferred of one's own that fires with the
-            :class:`tcpsvc.DrainReport` at the end, also when asked for afterwards.
-            Cancelling it ends the waiting only.
-        :raises ValueError: an option is below 0 or not finite; nothing has happened.
-        :raises TypeError: an option is unknown, or no number; nothing has happened.
-        """
-        durations = check_drain_options(options)
-        if self._drain is None:
-            self._drain = Drain(self, self._factory, Durations(**durations))
-            self._drain.begin()
-        else:
-            self._drain.shorten(durations)
-        return self._drain.when_over()
-
-    def force_drain(self) -> Deferred[DrainReport]:
-        """
-        The time is up: close what is left, cancel its handlers, and reset what is
-        still open, at once. Handlers that do not end within ``grace`` are given up.
-        Begins a drain if there was none.
-
-        :returns: as :meth:`drain`.
-        """
-        if self._drain is None:
-            self._drain = Drain(self, self._factory, Durations())
-            self._drain.force()
-            self._drain.begin()
-        else:
-            self._drain.force()
-        return self._drain.when_over()
-
-    def failed(self) -> Deferred[None]:
-        """
-        :returns: a Deferred of one's own that fails with the first handler error
-            that closed the server, also when asked for afterwards, and fires
-            when everything has ended without one (E3). If nobody has asked when
-            the error comes, it is logged as critical.
-        """
-        return self._factory.failed()
-
-    def abandon(self) -> None:
-        """
-        Close the listening sockets at once, before they have ever served and
-        without a running reactor: for a daemon that fails to start.
-        """
-        if not self._is_port_closing:
-            self._is_port_closing = True
-            self._factory.close()
-            self._listeners.stop_at_once()
-            self._pausing.over()
-
-    def cancel_handlers(self) -> None:
-        """
-        Cancel the coroutine or Deferred of every handler that still runs. One
-        that ends by it has ended ordinarily (H6).
-        """
-        self._factory.cancel_handlers()
-
-    @property
-    def stopped_by(self) -> BaseException | None:
-        """
-        The ``SystemExit`` or ``KeyboardInterrupt`` with which a handler has
-        stopped the reactor, if one has (H7).
-        """
-        return self._factory.stopped_by
-
-    @property
-    def is_reporting_errors(self) -> bool:
-        """Whether a call of ``on_handler_error`` has not ended yet."""
-        return self._factory.is_reporting_errors
-
-    @property
-    def clock(self) -> Any:
-        """What times this server: the ``clock`` it was given, or its reactor."""
-        return self._factory.clock
-
-    def _close_port(self) -> None:
-        if self._is_port_closing:
-            return
-        self._is_port_closing = True
-        self._factory.close()
-        stopping = self._listeners.stop()
-        self._pausing.over()
-        # Not before close() has returned, however fast the ports are (X1).
-        if stopping.called:
-            self._factory.reactor.callLater(0, stopping.addCallback, self._port_stopped)
-        else:
-            stopping.addCallback(self._port_stopped)
-
-    def _port_stopped(self, _: object) -> None:
-        self._port_closed.happen()
-        self._factory.when_over().addCallback(self._over)
-
-    def _over(self, _: None) -> None:
-        self._when_over.happen()
-        self._factory.nothing_can_fail()
-
     # Inspection.
 
     def invariant(self) -> None:
@@ -617,21 +273,7 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
         :raises AssertionError: the server's state is broken; it says how (I1).
         """
         self._factory.invariant()
-        drain = self._drain
-        checks = {
-            "nothing is live after the end": not (
-                self._when_over.has_happened and self.num_connections
-            ),
-            "nobody is let in while it is paused": self.is_closed
-            or (self.is_paused is not None) is self._factory.is_paused,
-            "what is closed is not paused": not (self.is_closed and self.is_paused),
-            "it accepts nobody any more when it is closed": not self.is_closed
-            or self._is_port_closing,
-            "handlers are told of a drain when it has stopped accepting": not (
-                self._factory.is_draining and (drain is None or not self.is_closed)
-            ),
-        }
-        broken = [check for check, holds in checks.items() if not holds]
+        broken = self._broken_lifecycle()
         if broken:
             raise AssertionError(f"broken: {', '.join(broken)}: {self.describe()}")
 
@@ -663,11 +305,6 @@ class Server(Control, Generic[AddressT, ListeningOnT]):
             f"<Server on {places_text(x.where for x in self.listeners)} {state}, "
             f"{factory.num_connections}/{factory.max_connections} connections>"
         )
-
-
-def _begun(server: Server[AddressT, ListeningOnT]) -> Server[AddressT, ListeningOnT]:
-    server.begin()
-    return server
 
 
 InetServer = Server[InetAddress, int]

@@ -14,8 +14,10 @@ from twisted.internet.interfaces import IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc import creation
 from tcpsvc._waiters import Event, all_of
 from tcpsvc.address_text import address_text
+from tcpsvc.creation import Bound
 from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_options
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
@@ -106,8 +108,7 @@ class TcpService(Service):
         self._listening: Deferred[Any] | None = None
         #: What drains, at this stop or an earlier one, and when that is over.
         self._drains: dict[Server[Any, Any], Event] = {}
-        #: The server, from the time it is bound until it has stopped.
-        self.server: Server[Any, Any] | None = None
+        self._server: Bound[Server[Any, Any]] | None = None
 
     @classmethod
     def of_socks(
@@ -162,6 +163,11 @@ class TcpService(Service):
             **options,
         )
 
+    @property
+    def server(self) -> Server[Any, Any] | None:
+        """The server, from the time it is bound until it has stopped."""
+        return None if self._server is None else self._server.server
+
     def bind(self) -> Deferred[None]:
         """
         Open the listening socket now; clients wait in its backlog until
@@ -180,20 +186,22 @@ class TcpService(Service):
             )
         return bound.wait()
 
-    def _listen(self) -> Deferred[Server[Any, Any]]:
-        bind = partial(Server.bind, self.where, self._make_factory, self._options)
+    def _listen(self) -> Deferred[Bound[Server[Any, Any]]]:
+        bind = partial(
+            creation.bind, Server, self.where, self._make_factory, self._options
+        )
         if self.server is None:
             return bind()
         # Started again while the last server still drains: once its port is free.
         return self.server.close_finished().addCallback(lambda _: bind())
 
-    def _has_bound(self, bound: Event, server: Server[Any, Any]) -> None:
-        self.server = server
-        bound.happen()
+    def _has_bound(self, is_bound: Event, bound: Bound[Server[Any, Any]]) -> None:
+        self._server = bound
+        is_bound.happen()
 
-    def _not_bound(self, bound: Event, failure: Failure) -> None:
+    def _not_bound(self, is_bound: Event, failure: Failure) -> None:
         self._bound = None
-        bound.fail(failure)
+        is_bound.fail(failure)
 
     def privilegedStartService(self) -> None:
         """
@@ -202,7 +210,7 @@ class TcpService(Service):
         :raises CannotListenError: the kernel refused.
         """
         super().privilegedStartService()  # type: ignore[no-untyped-call]
-        self._bind_or_raise(logs=False)
+        self._or_raise(self.bind(), logs=False)
 
     def startService(self) -> None:
         """
@@ -213,17 +221,21 @@ class TcpService(Service):
         super().startService()  # type: ignore[no-untyped-call]
         # Whoever bound it, and whether or not privilegedStartService was called
         # (python -m twisted does not), a late failure is logged here and only here.
-        self._bind_or_raise().addCallback(self._begin)
+        self._or_raise(self.bind().addCallback(self._begin))
 
     def _begin(self, _: None) -> None:
-        if self.running and self.server is not None:
-            self.server.begin()
-            for listener in self.server.listeners:
+        if self.running and self._server is not None:
+            try:
+                server = self._server.begin()
+            except BaseException:
+                self._bound = self._server = None
+                raise
+            for listener in server.listeners:
                 self._log.info(
                     "listening on {address}", address=address_text(listener.address)
                 )
 
-    def _bind_or_raise(self, *, logs: bool = True) -> Deferred[None]:
+    def _or_raise(self, done: Deferred[None], *, logs: bool = True) -> None:
         failures: list[Failure] = []
         is_late = False
 
@@ -237,11 +249,10 @@ class TcpService(Service):
                     error=failure.getErrorMessage(),
                 )
 
-        bound = self.bind().addErrback(failed)
+        done.addErrback(failed)
         if failures:
             failures[0].raiseException()
         is_late = True
-        return bound
 
     def stopService(self) -> Deferred[None]:
         """
@@ -266,7 +277,7 @@ class TcpService(Service):
         def done(_: DrainReport) -> None:
             del self._drains[server]
             if self.server is server:
-                self.server = None
+                self._server = None
             over.happen()
 
         server.drain(**self._drain_options).addCallback(done)
@@ -282,8 +293,8 @@ class TcpService(Service):
         Close the listening sockets at once, before they have ever served and without
         a running reactor: for a daemon that fails to start.
         """
-        if self.server is not None:
-            self.server.abandon()
+        if self._server is not None:
+            self._server.abandon()
         elif self._listening is not None:
             self._listening.cancel()  # Endpoints take their time; others are open.
 

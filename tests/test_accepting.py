@@ -263,7 +263,7 @@ async def test_a_batch_is_the_smaller_of_its_size_and_the_free_slots(
         count: int = server.describe()["counters"]["accepted"]
         return count
 
-    port = server.listeners[0].port
+    port = server._listeners.ports[0].port
     accept_batch, found = port.doRead, []
 
     def counting() -> None:

@@ -585,7 +585,7 @@ async def test_clients_wait_in_the_backlog_until_the_rate_allows_them(
     await until(lambda: len(staying.started) == 3)
     await settle()
     assert server.num_connections == 3
-    assert not server.listeners[0]._gate._is_accepting
+    assert not server._listeners.ports[0]._gate._is_accepting
     assert len(clock.getDelayedCalls()) == 1
     for expected in (4, 5, 6, 7):
         clock.advance(0.499)

@@ -633,7 +633,7 @@ async def test_connections_that_were_accepted_and_not_started_are_closed(
         started.append(address)
 
     server = await serve(handler, where=where, max_accepts_per_batch=3)
-    port = server.listeners[0].port
+    port = server._listeners.ports[0].port
     accept_batch = port.doRead
     closing: list[Deferred[None]] = []
 

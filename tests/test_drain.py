@@ -457,29 +457,78 @@ async def test_dropping_goes_on_while_it_is_announced(
     assert over.results[0].connections == 1
 
 
-@pytest.mark.parametrize("how", ["hold", "refuse"])
 @ensureDeferred
-async def test_a_paused_server_is_drained_too(
-    serve: Any, connect: Any, clock: Clock, logs: Logs, how: Any
+async def test_a_server_on_hold_is_announced(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
 ) -> None:
-    """It accepts nobody anyway, and says so; resumed in the announcement it does."""
+    """G1, Z2: its port is open, and who waits is served if it is resumed in time."""
     server, clients = await serving(serve, connect, reads, clock, 1)
-    await server.pause(how)
+    server.pause("hold")
     over = Fired(server.drain(announce=2.0, timeout=30.0))
     assert "about to drain, paused for another 2 s" in logs.texts()[-1]
+    clients.append(connect(server))
     clock.advance(1.0)
     assert server.is_draining
     assert not server.is_closed
-    await server.resume()
-    clients.append(connect(server))
+    server.resume()
     await until(lambda: server.num_connections == 2)
-    await server.pause(how)
-    clock.advance(1.0)
+    server.pause("hold")
+    clock.advance(0.999)
+    assert not server.is_closed
+    clock.advance(0.001)
     assert server.is_closed
     for client in clients:
         client.close()
     await until_over(over, clock)
-    assert over.results[0].connections == 2
+    assert over.results == [DrainReport(finished=2)]
+
+
+@ensureDeferred
+async def test_a_server_that_refuses_is_not_announced(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """G1, Z3: clients are refused already, so it goes on to its handlers at once."""
+    log: list[Any] = []
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    server.add_observer(Watcher(log))
+    [told] = [server.connection(c.id).when_draining() for c in server.connections]
+    await server.pause("refuse")
+    over = Fired(server.drain(announce=60.0, timeout=30.0))
+    assert server.is_draining
+    assert server.is_closed
+    assert told.called
+    assert log == ["draining"]
+    assert not [t for t in logs.texts() if "about to drain" in t]
+    clients[0].close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
+    assert clock.seconds() == 0
+
+
+@pytest.mark.parametrize("before", [None, "hold"])
+@ensureDeferred
+async def test_a_pause_that_refuses_ends_the_announcement(
+    serve: Any, connect: Any, clock: Clock, before: Any
+) -> None:
+    """G2: as a close does; the pause has happened all the same."""
+    log: list[Any] = []
+    server, clients = await serving(serve, connect, reads, clock, 1)
+    server.add_observer(Watcher(log))
+    over = Fired(server.drain(announce=60.0, timeout=30.0))
+    clock.advance(1.0)
+    if before is not None:
+        await server.pause(before)
+    assert not server.is_closed
+    await server.pause("refuse")
+    assert server.is_closed
+    assert server.is_paused is None
+    assert server._factory.is_draining
+    server.invariant()
+    clients[0].close()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1)]
+    assert clock.seconds() == 1.0
+    assert server._factory._observers[1:] == []
 
 
 @ensureDeferred
@@ -982,6 +1031,8 @@ def test_a_report_is_a_value() -> None:
     assert report.connections == 3
     assert str(report) == "1 finished, 2 given up; longest wait 1.2 s"
     assert str(DrainReport()) == "no connections"
+    assert DrainReport(unserved=2).connections == 0
+    assert str(DrainReport(unserved=2)) == "2 unserved"
     with pytest.raises(FrozenInstanceError):
         report.finished = 2  # type: ignore[misc]
 
@@ -1106,10 +1157,10 @@ async def test_who_was_just_accepted_is_served(
 
 
 @ensureDeferred
-async def test_who_is_not_served_any_more_is_no_part_of_it(
+async def test_who_was_accepted_and_cannot_start_any_more_is_unserved(
     serve: Any, connect: Any, clock: Clock
 ) -> None:
-    """H5: it was accepted, and had not come to be started."""
+    """H5: it had a slot, and had not come to be started. It is counted once."""
 
     class Hastier(Observer):
         def connection_accepted(self, connection: Any) -> None:
@@ -1120,9 +1171,52 @@ async def test_who_is_not_served_any_more_is_no_part_of_it(
     client = connect(server)
     assert await in_thread(client.read_all) == b""
     await until(lambda: reports and reports[0])
-    assert reports[0].results == [DrainReport()]
+    assert reports[0].results == [DrainReport(unserved=1)]
     counters = server.describe()["counters"]
     assert (counters["ends"], counters["refused"]) == ({"unserved": 1}, 1)
+
+
+@ensureDeferred
+async def test_who_was_held_for_an_evicted_ones_slot_is_unserved(
+    serve: Any, connect: Any, clock: Clock, logs: Logs
+) -> None:
+    """H5, N1: no handler had started for it; the evicted one is a connection."""
+    handler, release = stubborn_and_its_release()
+    server = await serve(handler, clock=clock, max_connections=1, overflow="evict")
+    clients = [connect(server)]
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    clients.append(connect(server))
+    await until(lambda: server.describe()["held"] == 1)
+    over = Fired(server.drain(timeout=30.0))
+    assert await in_thread(clients[1].read_all) == b""
+    clock.advance(2.0)
+    release()
+    await until_over(over, clock)
+    assert over.results == [DrainReport(finished=1, unserved=1, longest_wait=2.0)]
+    assert over.results[0].connections == 1
+    said = "drained in 2.0 s: 1 finished, 1 unserved; longest wait 2.0 s"
+    assert said in logs.texts()[-1]
+
+
+@ensureDeferred
+async def test_whom_somebody_elses_close_has_left_unserved_is_not_the_drains(
+    serve: Any, connect: Any, clock: Clock
+) -> None:
+    """The report is of what was there when the drain found the server closed."""
+    handler, release = stubborn_and_its_release()
+    server = await serve(handler, clock=clock, max_connections=1, overflow="evict")
+    connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    newcomer = connect(server)
+    await until(lambda: server.describe()["held"] == 1)
+    over = Fired(server.drain(announce=5.0, timeout=30.0))
+    server.close()
+    assert await in_thread(newcomer.read_all) == b""
+    release()
+    await until_over(over, clock)
+    assert over.results[0].unserved == 0
 
 
 @ensureDeferred

@@ -306,7 +306,7 @@ async def test_dropping_takes_no_more_than_a_batch_in_a_turn(
     server = await serve(
         handler, where=where, drop_incoming_connections=True, max_accepts_per_batch=4
     )
-    port = server.listeners[0].port
+    port = server._listeners.ports[0].port
     accept_batch, found = port.doRead, []
 
     def counting() -> None:

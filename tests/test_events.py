@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.protocol import Factory
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -228,6 +229,93 @@ def test_what_a_dry_run_lets_pass() -> None:
     assert [e[2] for e in dry] == [Reason.OVERFLOW]
 
 
+def test_a_limit_in_a_dry_run_is_not_reached(logs: Any) -> None:
+    """N5: nobody waits, and nobody is refused; nor does the log say so."""
+    notes = Notes()
+    server = MemoryServer(
+        Handlers().stream,
+        observer=notes,
+        max_connections=1,
+        accept_rate="1/s:1",
+        dry_run=True,
+    )
+    for _ in range(3):
+        server.connect()
+    assert "limit_reached" not in notes.names
+    assert not [text for text in logs.texts() if "further clients wait" in text]
+
+
+@pytest.mark.parametrize("kind", ["stream", "protocol", "sock"])
+@ensureDeferred
+async def test_the_rate_is_a_limit_that_is_reached(
+    serve: Any, connect: Any, kind: str
+) -> None:
+    """N3: each time it makes clients wait, however many and for however many."""
+    clock, notes, handlers = Clock(), Notes(), Handlers()
+    server = await serve(
+        handlers.of(kind),
+        create=CREATE[kind],
+        clock=clock,
+        observer=notes,
+        accept_rate="1/s:2",
+    )
+
+    def reached() -> list[Any]:
+        return [e[1] for e in notes.heard if e[0] == "limit_reached"]
+
+    connect(server)
+    await until(lambda: len(handlers.started) == 1)
+    assert reached() == []
+    for _ in range(3):
+        connect(server)
+    await until(lambda: len(handlers.started) == 2)
+    assert reached() == ["accept_rate"]
+    server.change(accept_rate="1/s:1")  # They wait already.
+    assert reached() == ["accept_rate"]
+    clock.advance(1)
+    await until(lambda: len(handlers.started) == 3)
+    assert reached() == ["accept_rate"] * 2
+    clock.advance(1)
+    await until(lambda: len(handlers.started) == 4)
+    assert reached() == ["accept_rate"] * 3
+    clock.advance(10)
+    assert reached() == ["accept_rate"] * 3
+    assert server.describe()["counters"]["refusals"] == {}
+
+
+def test_the_rate_is_reached_where_clients_are_held() -> None:
+    """N3: on a port that cannot be gated they wait accepted; and by a change."""
+    clock, notes = Clock(), Notes()
+    server = MemoryServer(
+        Handlers().stream, clock=clock, observer=notes, accept_rate="1/s:1"
+    )
+    for _ in range(3):
+        server.connect()
+    assert notes.heard[0] == ("limit_reached", "accept_rate")
+    assert notes.names.count("limit_reached") == 1
+    server.factory.change({"accept_rate": None})
+    assert notes.names.count("connection_accepted") == 3
+    server.factory.change({"accept_rate": "1/s:1"})
+    assert notes.names.count("limit_reached") == 1
+    server.connect()
+    assert notes.names.count("limit_reached") == 2
+
+
+def test_a_peers_limit_is_told_by_its_refusals() -> None:
+    """N2: it is reached for one peer, not for clients at large."""
+    notes = Notes()
+    server = MemoryServer(
+        Handlers().stream,
+        observer=notes,
+        max_connections_per_peer=1,
+        accept_rate_per_peer="1/s:1",
+    )
+    server.connect()
+    server.connect()
+    assert "limit_reached" not in notes.names
+    assert notes.names.count("connection_refused") == 1
+
+
 # Several, and changes
 
 
@@ -323,16 +411,19 @@ async def test_an_observer_that_raises_harms_nobody(
 
 
 @pytest.mark.parametrize(
-    "event",
+    ("event", "limits"),
     [
-        "limit_reached",
-        "connection_accepted",
-        "handler_started",
-        "handler_ended",
-        "connection_finished",
+        ("limit_reached", {"max_connections": 1}),
+        ("limit_reached", {"accept_rate": "1/s:1"}),
+        ("connection_accepted", {}),
+        ("handler_started", {}),
+        ("handler_ended", {}),
+        ("connection_finished", {}),
     ],
 )
-def test_one_may_close_the_server_in_the_middle_of_an_event(event: str) -> None:
+def test_one_may_close_the_server_in_the_middle_of_an_event(
+    event: str, limits: Any
+) -> None:
     """Of any; everything ends once, and nobody is served after it."""
 
     class Closes(Observer):
@@ -344,7 +435,7 @@ def test_one_may_close_the_server_in_the_middle_of_an_event(event: str) -> None:
 
     setattr(Closes, event, close)
     handlers = Handlers()
-    server = MemoryServer(handlers.stream, observer=Closes(), max_connections=1)
+    server = MemoryServer(handlers.stream, observer=Closes(), **limits)
     client = server.connect()
     if not client.is_closed:
         client.send_eof()

@@ -32,6 +32,7 @@ from twisted.logger import LogLevel
 
 import tcpsvc.exhaustion
 from tcpsvc import LOCALHOST, Server, ServerFactory, WhereToListen, tap
+from tcpsvc.creation import bind
 from tcpsvc.events import Observer
 from tcpsvc.exhaustion import EXHAUSTION_PAUSE, SHED_PAUSE, Exhaustion
 from tcpsvc.kernel import is_readable
@@ -577,9 +578,9 @@ async def test_the_reserve_is_one_descriptor_while_it_may_be_needed(
     server = await serve(handlers, on_exhaustion="shed")
     [descriptor] = reserves()
     assert not os.get_inheritable(descriptor)
-    server.listeners[0]._gate.close()
+    server._listeners.ports[0]._gate.close()
     assert reserves() == []
-    server.listeners[0]._gate.open()
+    server._listeners.ports[0]._gate.open()
     assert len(reserves()) == 1
     server._factory.change({"on_exhaustion": "back-off"})
     assert reserves() == []
@@ -605,7 +606,8 @@ async def test_a_creation_that_fails_leaves_no_reserve(
             taken, handlers, on_handler_error="ignore", on_exhaustion="shed"
         )
     assert len(reserves()) == 1
-    bound = await Server.bind(
+    bound = await bind(
+        Server,
         LOOPBACK,
         lambda **options: ServerFactory.of_streams(
             handlers, on_handler_error="ignore", **options

@@ -307,6 +307,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.drained: Any = None
         self.was_there: dict[int, Any] = {}
         self.there_failed = 0
+        self.there_unserved = 0
         self.path = f"{self.directory}/{next(_numbers)}"
         self.watch = Watch(self)
         creating = KINDS[self.kind].create(
@@ -417,6 +418,7 @@ class Lifecycle(RuleBasedStateMachine):
         """A drain stops accepting: who is there now is its business."""
         self.was_there = {c.id: None for c in self.factory.connections}
         self.there_failed = self.factory.counters.failed
+        self.there_unserved = self.factory.counters.refused
         self.server_closes()
         go_on()
 
@@ -532,8 +534,10 @@ class Lifecycle(RuleBasedStateMachine):
             assert connection.age >= 1.0
 
     def see_limit_reached(self, limit: str) -> None:
-        """There is but one that is told of."""
-        assert limit == "max_connections"
+        """It makes clients wait, or has them refused."""
+        assert limit in ("max_connections", "accept_rate")
+        assert self.options[limit] is not None
+        assert not self.dry(limit)
 
     def see_accept_failed(self, error: OSError) -> None:
         """There is no want of descriptors here."""
@@ -564,7 +568,9 @@ class Lifecycle(RuleBasedStateMachine):
         ]
         assert report.connections == len(counted), (report, self.was_there)
         assert report.given_up == sum(c.is_running for c in live.values())
-        assert report.errors == self.factory.counters.failed - self.there_failed
+        counters = self.factory.counters
+        assert report.errors == counters.failed - self.there_failed
+        assert report.unserved == counters.refused - self.there_unserved
         assert 0 <= report.longest_wait <= self.clock.seconds()
         assert server.is_closed
         assert live or self.over.state == "done" or report.given_up == 0
@@ -706,7 +712,7 @@ class Lifecycle(RuleBasedStateMachine):
         timers = self.clock.getDelayedCalls()
         is_drained = not self.drains or self.drained is not None
         # Those who cancel handlers wait for reports of their errors, too.
-        is_drained = is_drained and not server.is_reporting_errors
+        is_drained = is_drained and not self.factory.is_reporting_errors
         if is_drained and not (live or held or factory._replies._connections):
             may_wait = options["accept_rate"] is not None and not self.closed
             assert len(timers) <= may_wait, timers
@@ -876,7 +882,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert self.closed or waits.state == "pending"
             if self.closed and waits.state != "done":
                 return "close() has not finished"
-        is_over = self.closed and not live and not self.server.is_reporting_errors
+        is_over = self.closed and not live and not self.factory.is_reporting_errors
         assert is_over or self.over.state == "pending"
         if is_over and self.over.state != "done":
             return "not over"
@@ -1103,14 +1109,18 @@ class Lifecycle(RuleBasedStateMachine):
 
     def pause(self, how: Any) -> None:
         """Pause, in one way or the other, or resume."""
+        was_closed = self.closed  # It may be closed by that, when it drains.
         box = Box(self.server.pause(how) if how else self.server.resume())
-        if self.closed:
+        if was_closed:
             assert box.state == ServerClosed.__name__
             return
         while box.state == "pending":
             pytest_twisted.blockon(turn())
         assert box.state == "done", box.value
-        self.paused = how
+        if how == "refuse" and self.drains:
+            assert self.closed, "refuses, and still announces its drain"
+        if not self.closed:
+            self.paused = how
         if how == "refuse":
             self.unlistened_at = self.steps
 

@@ -222,7 +222,7 @@ async def test_a_drain_says_that_it_waits_for_on_handler_error(
     client = connect(server)
     await in_thread(client.read_all)
     client.close()
-    await until(lambda: server.is_reporting_errors)
+    await until(lambda: server._factory.is_reporting_errors)
     done: list[Any] = []
     server.drain(timeout=5.0).addCallback(done.append)
     clock.pump([1.0] * 8)

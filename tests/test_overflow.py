@@ -674,7 +674,7 @@ async def test_a_newcomer_starts_when_the_slot_is_really_free(
     fifth, sixth = connect(server), connect(server)
     await settle()
     assert server.describe()["held"] == 2
-    assert not server.listeners[0]._gate._is_accepting
+    assert not server._listeners.ports[0]._gate._is_accepting
     assert stubborn.started == [1, 2]
     for client in old:
         assert await in_thread(end_of, client) == (b"!", "eof")
@@ -709,7 +709,7 @@ async def test_one_slot_that_never_gets_free(
     await settle()
     assert server.describe()["held"] == 1
     assert server.num_connections == 1
-    assert not server.listeners[0]._gate._is_accepting
+    assert not server._listeners.ports[0]._gate._is_accepting
     asked = []
     server._factory.has_place = lambda: asked.append(1)
     await settle()

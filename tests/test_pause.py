@@ -260,8 +260,8 @@ async def test_refuse_closes_the_sockets_and_resume_opens_them_again(
     assert [x.address for x in server.listeners] == addresses
     for address in addresses:
         await served(connect(address))
-    for listener in server.listeners:
-        assert listener.port.getHost() == listener.address
+    for one in server._listeners.ports:
+        assert one.port.getHost() == one.address
     assert server.listening_socket.getsockname()[1] == server.listening_on
 
 
@@ -790,7 +790,7 @@ async def test_a_pause_from_within_an_accept_ends_the_batch(
 async def test_handlers_that_were_accepted_start(serve: Any, connect: Any) -> None:
     """Z1: a pause between the accept and the handler's turn does not concern them."""
     server = await serve(answer)
-    port = server.listeners[0].port
+    port = server._listeners.ports[0].port
     accept_batch = port.doRead
     pausing: list[Deferred[None]] = []
 
@@ -881,9 +881,14 @@ async def test_abandoned_while_paused(how: Any, tmp_path: Path) -> None:
     await service.bind()
     assert service.server is not None
     await service.server.pause(how)
+    server = service.server
     service.abandon()
     assert os.listdir(tmp_path) == []
     assert factory.heard == ["start", "stop"]
+    server.invariant()
+    await server.close_finished()
+    await server.close_finished_and_handlers_determined()
+    await server.failed()
 
 
 @ensureDeferred

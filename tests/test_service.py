@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 import tcpsvc
-from tcpsvc import LOCALHOST, TcpService, WhereToListen
+from tcpsvc import LOCALHOST, TcpService, WhereToListen, daemon
+from tcpsvc.gate import Gate
 from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
 from tests.test_drain import Fired
 from tests.test_twistd import refused, start, stop, twistd
@@ -593,6 +596,90 @@ async def test_an_endpoint_that_fails_late_is_logged_once(
     (line,) = logs.take(LogLevel.critical)
     assert "not today" in formatEvent(line)
     assert Fired(one.stopService())
+
+
+@pytest.fixture
+def no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server can be bound, and there is none left to serve with."""
+
+    def fails(gate: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Gate, "open", fails)
+
+
+@ensureDeferred
+async def test_an_abandoned_service_leaves_nobody_waiting(
+    service: Any, tmp_path: Path
+) -> None:
+    """X4: for a server that has never served."""
+    one = service([LOOPBACK, WhereToListen.of_file(tmp_path / "s")])
+    await one.bind()
+    server = one.server
+    waits = [Fired(server.close_finished()), Fired(server.failed())]
+    one.abandon()
+    one.abandon()
+    assert os.listdir(tmp_path) == []
+    assert server.is_closed
+    await server.close()
+    await server.close_finished_and_handlers_determined()
+    await until(lambda: all(waits))
+    server.invariant()
+
+
+@ensureDeferred
+@pytest.mark.usefixtures("no_descriptor")
+async def test_a_start_without_descriptors_fails_and_may_be_tried_again(
+    service: Any, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W8: it does not run and serve nobody, nor does a stop wait for ever."""
+    one = service(fixed_port())
+    await one.bind()
+    with pytest.raises(CannotListenError, match=r"127\.0\.0\.1:\d+: .*Too many open"):
+        one.startService()
+    assert one.server is None
+    await one.stopService()
+    monkeypatch.undo()
+    one.startService()
+    client = connect(one.server)
+    assert await in_thread(client.read, 6) == b"hello\n"
+    client.close()
+    await one.stopService()
+
+
+@ensureDeferred
+@pytest.mark.usefixtures("no_descriptor")
+async def test_a_late_start_without_descriptors_is_logged_once(
+    service: Any, logs: Logs
+) -> None:
+    """As an endpoint that fails late."""
+    endpoint = SlowEndpoint()
+    one = service(WhereToListen.of_endpoint(endpoint))
+    one.startService()
+    endpoint.go.callback(None)
+    (line,) = logs.take(LogLevel.critical)
+    assert "Too many open files" in formatEvent(line)
+    await one.stopService()
+
+
+@ensureDeferred
+@pytest.mark.usefixtures("no_descriptor")
+async def test_a_daemon_that_cannot_begin_late_ends(
+    service: Any, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a status that tells."""
+    statuses: list[int] = []
+    monkeypatch.setattr(daemon, "_exit_status", statuses)
+    stops: list[bool] = []
+    process = daemon.Daemon(SimpleNamespace(stop=lambda: stops.append(True)))
+    endpoint = SlowEndpoint()
+    service(WhereToListen.of_endpoint(endpoint)).setServiceParent(process)
+    process.startService()
+    assert stops == []
+    endpoint.go.callback(None)
+    assert (stops, statuses) == ([True], [1])
+    logs.take(LogLevel.critical)
+    await process.stopService()
 
 
 # In company.
