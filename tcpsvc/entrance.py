@@ -39,6 +39,7 @@ from tcpsvc.settings import Settings
 from tcpsvc.slots import Slots
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
+from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
 
@@ -99,6 +100,7 @@ class Entrance(protocol.ServerFactory):
         #: What serves new connections: a function, or a protocol factory.
         self.handler = handler
         self.takes_sockets = kind is SockConnection
+        self.takes_streams = kind is StreamConnection
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live

@@ -664,6 +664,23 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     assert tap.Options()["drain-announce"] == tap.Options()["drain-spread"] == 0
 
 
+def test_the_limits_in_force_are_logged_at_the_start(start: Any) -> None:
+    """With their units, in one line; those that nobody gave, too."""
+    child = start(
+        *twistd("-n", "tcpsvc", "--max-connections=7", "--deny=10.0.0.0/8",
+                "--peer-prefixes=24,56", "--max-connections-per-peer=3",
+                "--min-throughput=10", "--overflow=reply:full")
+    )  # fmt: skip
+    child.expect(
+        "limits: max_connections=7, overflow=a reply of 4 bytes, "
+        "max_connections_per_peer=3, peer_prefixes=/24 and /56, deny=10.0.0.0/8, "
+        "refusal=reset, on_exhaustion=back-off, first_byte_timeout=60 s, "
+        "idle_timeout=3600 s, min_throughput=10 bytes/s, throughput_window=30 s, "
+        "buffer_age_limit=120 s, flush_timeout=30 s"
+    )
+    stop(child)
+
+
 # Signals.
 
 
