@@ -28,6 +28,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.log_fields import of_client
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.protocol_connection import ProtocolConnection
@@ -319,9 +320,9 @@ class Entrance(protocol.ServerFactory):
         if self.takes_sockets:
             if self.may_say("no sockets"):
                 self._log.error(
-                    "{peer} refused, as all are: only a tcpsvc.Server can serve a "
+                    "{client} refused, as all are: only a tcpsvc.Server can serve a "
                     "socket handler; use Server.create_sock",
-                    peer=addr,
+                    **of_client(addr),
                 )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()

@@ -33,6 +33,7 @@ from tcpsvc.engine import Engine, engage
 from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
 from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
+from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.refusing import send_away
@@ -290,7 +291,8 @@ class Gate:
             self._failed(error, address)
 
     def _failed(self, error: BaseException, address: Any) -> None:
-        self._log.failure("could not serve {peer}", peer=address)
+        peer = self._port._buildAddr(address)
+        self._log.failure("could not serve {client}", **of_client(peer))
         self._factory.forget_unconnected()
         if isinstance(error, STOPPING):
             self._factory.stop_reactor(error)

@@ -15,6 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 
+from tcpsvc.log_fields import of_client
+
 _log = Logger(namespace="tcpsvc")
 
 #: What a handler may raise to stop the whole process (spec H7).
@@ -79,7 +81,7 @@ def log_error(address: IAddress, failure: Failure) -> None:
     An ``on_handler_error`` that logs the failure with its client's address, and
     lets the server go on (spec E1).
     """
-    _log.failure("handler of {peer} failed", failure=failure, peer=address)
+    _log.failure("handler of {client} failed", failure=failure, **of_client(address))
 
 
 def check_on_handler_error(policy: object) -> None:
@@ -106,8 +108,8 @@ def report_error(
         return fail(failure)
     if policy == "ignore":
         _log.debug(
-            "handler of {peer} failed, ignored: {error}",
-            peer=address,
+            "handler of {client} failed, ignored: {error}",
+            **of_client(address),
             error=safe_repr(failure.value),
         )
         return succeed(None)

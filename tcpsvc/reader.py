@@ -25,6 +25,7 @@ from zope.interface import implementer
 
 from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
+from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from tcpsvc.connection import Connection
@@ -323,7 +324,7 @@ class Reader:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "eof" if self.has_eof else "open"
         return (
-            f"<Reader of {self._connection.peer} {state}, "
+            f"<Reader of {address_text(self._connection.peer)} {state}, "
             f"{self.bytes_buffered} bytes buffered, {self.bytes_read} read>"
         )
 

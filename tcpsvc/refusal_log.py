@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from twisted.logger import Logger
 
 from tcpsvc.counters import Counters
+from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 
@@ -65,7 +66,7 @@ class RefusalLog:
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
                 address=self._names(),
-                client=address,
+                **of_client(address),
                 reason=reason.value,
                 count=owner.counters.would_refuse[reason.value],
             )

@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
 from tcpsvc.kernel import close_orderly, close_with_reset
+from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
@@ -139,7 +140,7 @@ class Replies:
 
     def report(self, peer: Any, error: Failure) -> None:
         """It has no handler that could fail."""
-        _log.failure("a last word to {peer} failed", failure=error, peer=peer)
+        _log.failure("a last word to {client} failed", failure=error, **of_client(peer))
 
     def uncount(self, connection: Any) -> None:
         """It holds no slot anyway."""

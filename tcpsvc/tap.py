@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from twisted.internet.error import CannotListenError
 from twisted.python import usage
@@ -315,8 +315,8 @@ def _as_typed(message: str) -> str:
 
 #: The options by their names in Python.
 _TYPED = {
-    str(parameter[0]).replace("-", "_"): str(parameter[0])
-    for parameter in Options.optParameters
+    str(name).replace("-", "_"): str(name)
+    for name, *_ in cast("list[list[Any]]", Options.optParameters)
 }
 
 
