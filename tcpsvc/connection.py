@@ -36,6 +36,7 @@ from tcpsvc import kernel
 from tcpsvc._waiters import Event
 from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, follow
 from tcpsvc.interfaces import IConnection
@@ -59,6 +60,7 @@ class Owner(Protocol):
 
     settings: Settings
     counters: Counters
+    errors: ErrorLog
     events: Any
     clock: Any
     reactor: Any
@@ -483,9 +485,9 @@ class Connection(Generic[AddressT]):
         if failure.value is self._error.value:
             return
         self._factory.counters.later_errors += 1
-        _log.failure(
+        self._factory.errors.failure(
             "a further error of the handler of {client}",
-            failure=failure,
+            failure,
             **of_client(self.peer),
         )
 
@@ -505,8 +507,10 @@ class Connection(Generic[AddressT]):
                 self._running.cancel()
             except Exception:
                 # A canceller of the handler's own; others are to be cancelled too.
-                _log.failure(
-                    "cancelling the handler of {client} failed", **of_client(self.peer)
+                self._factory.errors.failure(
+                    "cancelling the handler of {client} failed",
+                    Failure(),
+                    **of_client(self.peer),
                 )
 
     def _is_ordinary_end(self, failure: Failure) -> bool:

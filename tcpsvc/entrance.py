@@ -26,6 +26,7 @@ from tcpsvc.admission import Admission, host_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
 from tcpsvc.log_fields import of_client
@@ -75,6 +76,8 @@ class Entrance(protocol.ServerFactory):
         self.settings = settings
         self._options = options
         self.counters = Counters()
+        #: How errors are logged that clients can bring about.
+        self.errors = ErrorLog(self.clock)
         #: Who is told what happens.
         self.events: Any = self.counters
         self._observers: list[Any] = []
@@ -151,7 +154,7 @@ class Entrance(protocol.ServerFactory):
     def _observers_changed(self) -> None:
         self.is_observed = bool(self._observers)
         self.events = (
-            Broadcast([self.counters, *self._observers])
+            Broadcast(self.counters, self._observers, self.errors)
             if self.is_observed
             else self.counters
         )

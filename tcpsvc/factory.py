@@ -56,7 +56,9 @@ class ServerFactory(Entrance):
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
         super().__init__(kind, handler, settings, **options)
-        self._failures = Failures(settings.on_handler_error, self._maybe_over)
+        self._failures = Failures(
+            settings.on_handler_error, self.errors, self._maybe_over
+        )
         self._failures.on_fatal = self.close
         self._when_over = Event()
         self._has_server = False

@@ -24,6 +24,8 @@ STOPPING = (KeyboardInterrupt, SystemExit)
 
 #: What is called with the client's address and the failure of its handler.
 ErrorCallable = Callable[[Any, Failure], object]
+#: What the log says of an error.
+HANDLER_FAILED = "handler of {client} failed"
 OnHandlerError = Literal["raise", "ignore"] | ErrorCallable
 
 
@@ -79,9 +81,12 @@ async def _awaited(awaitable: Awaitable[object]) -> object:
 def log_error(address: IAddress, failure: Failure) -> None:
     """
     An ``on_handler_error`` that logs the failure with its client's address, and
-    lets the server go on (spec E1).
+    lets the server go on (spec E1). Of failures of one kind, of the same type and
+    raised at the same place, the server logs one in a minute with its traceback, and
+    the others in a line each. Called by a function of yours, it logs the traceback of
+    each.
     """
-    _log.failure("handler of {client} failed", failure=failure, **of_client(address))
+    _log.failure(HANDLER_FAILED, failure=failure, **of_client(address))
 
 
 def check_on_handler_error(policy: object) -> None:

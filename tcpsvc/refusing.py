@@ -9,10 +9,10 @@ import socket
 from dataclasses import replace
 from typing import Any
 
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.kernel import close_orderly, close_with_reset
 from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
@@ -20,8 +20,6 @@ from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
-
-_log = Logger(namespace="tcpsvc")
 
 #: How long a client may take for a last word, in seconds.
 REPLY_TIMEOUT = 5.0
@@ -60,6 +58,7 @@ class Replies:
             owner.settings, flush_timeout=REPLY_TIMEOUT, buffer_age_limit=None
         )
         self.counters = self.events = Counters()
+        self.errors: ErrorLog = owner.errors
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
         self._sweeper = Sweeper(self.clock, self._connections)
@@ -140,7 +139,7 @@ class Replies:
 
     def report(self, peer: Any, error: Failure) -> None:
         """It has no handler that could fail."""
-        _log.failure("a last word to {client} failed", failure=error, **of_client(peer))
+        self.errors.failure("a last word to {client} failed", error, **of_client(peer))
 
     def uncount(self, connection: Any) -> None:
         """It holds no slot anyway."""

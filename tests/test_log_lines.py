@@ -6,13 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pytest_twisted import ensureDeferred
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel, formatEvent
+from twisted.protocols.policies import WrappingFactory
+from twisted.python.failure import Failure
 
 import tcpsvc
+from tcpsvc import LOCALHOST, Observer, Server, WhereToListen
+from tcpsvc.error_log import MOST_KINDS, ErrorLog
 from tcpsvc.log_fields import of_client
 from tcpsvc.testing import MemoryServer
+from tests.kinds import end_of
+from tests.support import in_thread, the_reactor
 
 # Clients
 
@@ -122,3 +131,251 @@ def test_the_text_of_an_address_is_made_where_it_is_written(
     assert not isinstance(fields["client"], str)
     event = {"log_format": "{client} came", **fields}
     assert formatEvent(event) == f"{text} came"
+
+
+# Errors
+
+
+def tracebacks(logs: Any) -> list[Any]:
+    """The events that have one."""
+    return [e for e in logs.events if e.get("log_failure") is not None]
+
+
+def lines(logs: Any) -> list[str]:
+    """What is critical and has no traceback."""
+    return [
+        formatEvent(e)
+        for e in logs.events
+        if e.get("log_level") is LogLevel.critical and e.get("log_failure") is None
+    ]
+
+
+async def fails_as_told(address: Any, reader: Any, writer: Any) -> None:
+    """A handler that fails in many ways."""
+    how = (await reader.readline()).decode().strip()
+    if how == "value":
+        raise ValueError(f"of {address.port}")
+    if how == "lookup":
+        raise LookupError("a")
+    if how == "elsewhere":
+        raise LookupError("a")
+    if how == "deep":
+        helper("deep")
+    helper(how)
+
+
+def helper(how: str) -> None:
+    """Raised here, by way of two places."""
+    raise LookupError(how)
+
+
+def fail(server: MemoryServer, how: str = "value") -> str:
+    """One more client whose handler fails; returns its name."""
+    client = server.connect()
+    client.send(how.encode() + b"\n")
+    assert client.is_closed
+    return f"127.0.0.1:{client.address.port}"
+
+
+def test_errors_of_one_kind_have_one_traceback_a_minute_and_a_line_each(
+    logs: Any,
+) -> None:
+    """E1: each failure is logged with its peer; a flood of them fills no disk."""
+    server = MemoryServer(fails_as_told, on_handler_error=tcpsvc.log_error)
+    names = [fail(server) for _ in range(5)]
+    (event,) = tracebacks(logs)
+    assert formatEvent(event) == f"handler of {names[0]} failed"
+    assert lines(logs) == [
+        f"handler of {name} failed: ValueError: of {name[10:]}, raised at "
+        f"{__file__}:{fails_as_told.__code__.co_firstlineno + 4}"
+        for name in names[1:]
+    ]
+    assert server.factory.counters.failed == 5
+    server.clock.advance(59.9)
+    fail(server)
+    assert len(tracebacks(logs)) == 1
+    server.clock.advance(0.1)
+    last = fail(server)
+    _, event = tracebacks(logs)
+    assert formatEvent(event) == (
+        f"handler of {last} failed; 5 more like it since the last traceback"
+    )
+    server.clock.advance(60)
+    last = fail(server)
+    assert formatEvent(tracebacks(logs)[2]) == f"handler of {last} failed"
+    assert server.factory.counters.failed == 8
+    logs.take(LogLevel.critical)
+
+
+def test_errors_of_each_kind_have_a_traceback(logs: Any) -> None:
+    """Another type, another place, another way to the place."""
+    server = MemoryServer(fails_as_told, on_handler_error=tcpsvc.log_error)
+    for _ in range(2):
+        for how in ("value", "lookup", "elsewhere", "deep", "shallow"):
+            fail(server, how)
+    raised = [str(e["log_failure"].value) for e in tracebacks(logs)]
+    assert raised[1:] == ["a", "a", "deep", "shallow"]
+    assert len(raised) == len(lines(logs)) == 5
+    logs.take(LogLevel.critical)
+
+
+def test_each_server_has_tracebacks_of_its_own(logs: Any) -> None:
+    """What one has said hides nothing of another."""
+    for _ in range(2):
+        fail(MemoryServer(fails_as_told, on_handler_error=tcpsvc.log_error))
+    assert len(tracebacks(logs)) == 2
+    logs.take(LogLevel.critical)
+
+
+def test_log_error_called_by_a_callable_of_ones_own_logs_each(logs: Any) -> None:
+    """E1: whoever calls it has decided that."""
+
+    def report(address: Any, failure: Failure) -> None:
+        tcpsvc.log_error(address, failure)
+
+    server = MemoryServer(fails_as_told, on_handler_error=report)
+    for _ in range(3):
+        fail(server)
+    assert len(tracebacks(logs)) == 3
+    logs.take(LogLevel.critical)
+
+
+def test_a_line_of_an_error_is_short_and_one_line(logs: Any) -> None:
+    """A client may have a say in the message."""
+    server = MemoryServer(fails_as_told, on_handler_error=tcpsvc.log_error)
+    fail(server, "x")
+    fail(server, "A" * 100_000)
+    fail(server, "\x1b[2J\r")
+    long, odd = lines(logs)
+    assert "A" * 200 + "..., raised at" in long
+    assert len(long) < 400 + len(__file__)
+    assert r"LookupError: \x1b[2J, raised at" in odd
+    logs.take(LogLevel.critical)
+
+
+def test_kinds_without_number_have_lines_and_no_tracebacks(logs: Any) -> None:
+    """Whoever can make them is not to fill memory or disk."""
+    clock = Clock()
+    log = ErrorLog(clock)
+    for number in range(MOST_KINDS + 5):
+        log.failure("it failed", Failure(type(f"Odd{number}", (Exception,), {})("x")))
+    assert len(tracebacks(logs)) == MOST_KINDS
+    assert len(lines(logs)) == 5
+    assert lines(logs)[0] == (
+        f"it failed: Odd{MOST_KINDS}: x, raised at an unknown place"
+    )
+    clock.advance(60)
+    log.failure("it failed", Failure(KeyError("y")))
+    assert tracebacks(logs)[-1]["log_failure"].type is KeyError
+    assert len(log._said) == 1
+    logs.take(LogLevel.critical)
+
+
+def test_a_clock_that_was_set_back_silences_nothing(logs: Any) -> None:
+    """A traceback of the future says nothing."""
+    clock = Clock()
+    clock.advance(1000)
+    log = ErrorLog(clock)
+    log.failure("it failed", Failure(KeyError("y")))
+    clock.rightNow = 10.0
+    log.failure("it failed", Failure(KeyError("y")))
+    assert len(tracebacks(logs)) == 2
+    logs.take(LogLevel.critical)
+
+
+def test_later_errors_have_one_traceback_a_minute(logs: Any) -> None:
+    """E3, E4: those after the one that closed the server; counted, and a line each."""
+    server = MemoryServer(fails_as_told, on_handler_error="raise")
+    clients = [server.connect() for _ in range(5)]
+    for client in clients:
+        client.send(b"value\n")
+    first, later = tracebacks(logs)
+    assert "closed the server: of" in formatEvent(first)
+    assert formatEvent(later) == (
+        f"a further handler error, of 127.0.0.1:{clients[1].address.port}, after the "
+        "one that closed the server"
+    )
+    assert len(lines(logs)) == 3
+    assert all("ValueError: of" in line for line in lines(logs))
+    assert server.factory.counters.failed == 5
+    logs.take(LogLevel.critical)
+
+
+def test_cancellers_that_fail_have_one_traceback_a_minute(logs: Any) -> None:
+    """A flood of clients may evict as many."""
+    server = MemoryServer(cannot_be_cancelled, lifetime=1.0)
+    names = [server.connect().address.port for _ in range(4)]
+    server.clock.advance(2)
+    (event,) = tracebacks(logs)
+    assert event["peer"].port == names[0]
+    assert [line.partition(" failed: ")[0] for line in lines(logs)] == [
+        f"cancelling the handler of 127.0.0.1:{name}" for name in names[1:]
+    ]
+    logs.take(LogLevel.critical)
+
+
+class Broken(Observer):
+    """Fails at two events."""
+
+    def connection_accepted(self, connection: Any) -> None:
+        raise LookupError("accepted")
+
+    def handler_started(self, connection: Any) -> None:
+        raise LookupError("started")
+
+
+def test_a_broken_observer_has_one_traceback_a_minute_for_each_event(
+    logs: Any,
+) -> None:
+    """C4: what is in between is counted, and said at debug."""
+    server = MemoryServer(waits, observer=Broken(), max_connections=100)
+    for _ in range(10):
+        server.connect()
+    server.factory.add_observer(Observer())  # It makes no difference.
+    server.connect()
+    assert [formatEvent(e) for e in tracebacks(logs)] == [
+        "an observer failed at connection_accepted",
+        "an observer failed at handler_started",
+    ]
+    assert lines(logs) == []
+    debug = [t for t in logs.texts(LogLevel.debug) if "an observer failed" in t]
+    assert len(debug) == 20
+    assert "handler_started: LookupError: started, raised at" in debug[1]
+    assert server.factory.counters.observer_errors == 22
+    server.clock.advance(60)
+    server.connect()
+    assert [formatEvent(e) for e in tracebacks(logs)][2:] == [
+        f"an observer failed at {event}; 10 more like it since the last traceback"
+        for event in ("connection_accepted", "handler_started")
+    ]
+    logs.take(LogLevel.critical)
+
+
+@ensureDeferred
+async def test_a_wrapping_factory_that_fails_has_one_traceback_a_minute(
+    connect: Any, logs: Any
+) -> None:
+    """Of each client there is a line."""
+
+    class Wrapping(WrappingFactory):
+        def buildProtocol(self, addr: Any) -> Any:
+            raise LookupError("no protocol today")
+
+    class Endpoint(TCP4ServerEndpoint):
+        def listen(self, factory: Any) -> Any:
+            return super().listen(Wrapping(factory))
+
+    where = WhereToListen.of_endpoint(Endpoint(the_reactor(), 0, interface=LOCALHOST))
+    server: Any = await Server.create(where, waits, on_handler_error="raise")
+    names = []
+    for _ in range(3):
+        client = connect(server)
+        names.append(f"127.0.0.1:{client.socket.getsockname()[1]}")
+        await in_thread(end_of, client.socket)
+    (event,) = tracebacks(logs)
+    assert formatEvent(event) == f"could not serve {names[0]}"
+    assert [line.partition(": LookupError")[0] for line in lines(logs)] == [
+        f"could not serve {name}" for name in names[1:]
+    ]
+    await server.close()
+    logs.take(LogLevel.critical)
