@@ -163,6 +163,11 @@ class Entrance(protocol.ServerFactory):
         """A connection is over, or nobody is let in any more."""
         raise NotImplementedError  # pragma: no cover
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits to be accepted, as far as that is known."""
+        raise NotImplementedError  # pragma: no cover
+
     def report(self, peer: Any, error: Failure) -> None:
         """A handler has failed."""
         raise NotImplementedError  # pragma: no cover
@@ -281,6 +286,7 @@ class Entrance(protocol.ServerFactory):
             victim = self._eviction.choose(now)
             if victim is None:
                 return
+            self._refusal_log.evicted()
             victim.end(Reason.EVICTED)
 
     def refused(self, address: Any, reason: Reason) -> None:
@@ -491,6 +497,13 @@ class Entrance(protocol.ServerFactory):
 
     def _rate_allows(self) -> None:
         self._rate_wait = None
+        # Whoever waits now could have come in but for the rate.
+        if (
+            not self.is_dropping
+            and self.has_place()
+            and (self._too_early or self.is_awaited)
+        ):
+            self._refusal_log.waits_for_rate()
         self._place_found()
 
     def _stop_waiting_for_rate(self) -> None:

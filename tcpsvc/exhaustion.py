@@ -185,8 +185,13 @@ class Exhaustion:
 
     def accepted(self) -> None:
         """A port could; to be told during an episode."""
-        if not any(p.is_awaited for p in self._ports):
+        if not self.is_awaited:
             self.episode = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits at any of the ports."""
+        return any(p.is_awaited for p in self._ports)
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again: try at once."""

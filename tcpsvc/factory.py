@@ -353,6 +353,11 @@ class ServerFactory(Entrance):
         """The listening address, where it is known and there is no other."""
         return self._addresses()[0] if self.has_one_address else None
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits to be accepted, at a port that has a gate."""
+        return self.exhaustion.pause is None and self.exhaustion.is_awaited
+
     def watch(self, connection: Any) -> float:
         """Sweep a connection. Returns the time."""
         return self._sweeper.watch(connection)

@@ -20,8 +20,9 @@ from tcpsvc import LOCALHOST, Observer, Server, WhereToListen
 from tcpsvc.error_log import MOST_KINDS, ErrorLog
 from tcpsvc.log_fields import of_client
 from tcpsvc.testing import MemoryServer
-from tests.kinds import end_of
-from tests.support import in_thread, the_reactor
+from tcpsvc.where import address_text
+from tests.kinds import OtherEndpoint, end_of
+from tests.support import in_thread, the_reactor, until
 
 # Clients
 
@@ -131,6 +132,104 @@ def test_the_text_of_an_address_is_made_where_it_is_written(
     assert not isinstance(fields["client"], str)
     event = {"log_format": "{client} came", **fields}
     assert formatEvent(event) == f"{text} came"
+
+
+# Limits
+
+
+def warnings(logs: Any, words: str) -> list[str]:
+    """The warnings that hold some words."""
+    return [text for text in logs.texts(LogLevel.warn) if words in text]
+
+
+@ensureDeferred
+async def test_evictions_have_a_line_a_minute(
+    serve: Any, connect: Any, logs: Any
+) -> None:
+    """With how many there were so far."""
+    clock = Clock()
+    server = await serve(waits, overflow="evict", max_connections=2, clock=clock)
+    port = server.listening_on
+
+    async def come(evicted: int) -> None:
+        connect(server)
+        ends = server._factory.counters.ends
+        await until(lambda: ends.get("evicted", 0) == evicted)
+        await until(lambda: len([c for c in server.connections if c.handler]) == 2)
+        await until(lambda: {c.handler for c in server.connections} == {"running"})
+
+    for _ in range(2):
+        connect(server)
+    await until(lambda: len(server.connections) == 2)
+    assert warnings(logs, "evict") == []
+    for evicted in (1, 2, 3):
+        await come(evicted)
+    line = (
+        f"127.0.0.1:{port}: all 2 connections are in use; for each further client the "
+        "one that was idle for longest goes: evicted, {} so far"
+    )
+    assert warnings(logs, "evict") == [line.format(1)]
+    clock.advance(60)
+    await come(4)
+    assert warnings(logs, "evict") == [line.format(1), line.format(4)]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@ensureDeferred
+async def test_clients_that_wait_for_the_rate_have_a_line_a_minute(
+    gated: bool, serve: Any, connect: Any, logs: Any
+) -> None:
+    """Once one has waited, not when the bucket is empty and nobody comes."""
+    clock = Clock()
+    where = None if gated else WhereToListen.of_endpoint(OtherEndpoint())
+    options = {} if where is None else {"where": where}
+    server = await serve(waits, accept_rate="1/s:1", clock=clock, **options)
+    accepted = server._factory.counters
+    listening = server.listening_on_address
+
+    async def come(number: int) -> None:
+        connect(listening)
+        await until(lambda: accepted.accepted == number)
+
+    await come(1)
+    clock.advance(1)
+    await come(2)
+    clock.advance(1)
+    assert warnings(logs, "accept_rate") == []
+    await come(3)
+    for number in (4, 5):
+        connect(listening)
+        # It is there by then: in the backlog, or held.
+        await until(lambda: gated or server.describe()["held"] == 1)
+        clock.advance(1)
+        await until(lambda number=number: accepted.accepted == number)
+    (line,) = warnings(logs, "accept_rate")
+    assert line == (
+        f"{address_text(listening)}: clients come more often than accept_rate=1/s:1; "
+        "they wait"
+    )
+    clock.advance(60)
+    await come(6)
+    connect(listening)
+    await until(lambda: gated or server.describe()["held"] == 1)
+    clock.advance(1)
+    await until(lambda: accepted.accepted == 7)
+    assert warnings(logs, "accept_rate") == [line] * 2
+
+
+@ensureDeferred
+async def test_who_waits_for_another_limit_does_not_wait_for_the_rate(
+    serve: Any, connect: Any, logs: Any
+) -> None:
+    """All slots are taken: that is what has a line."""
+    clock = Clock()
+    server = await serve(waits, accept_rate="1/s:1", max_connections=1, clock=clock)
+    connect(server)
+    await until(lambda: server.num_connections == 1)
+    connect(server)
+    clock.advance(5)
+    assert warnings(logs, "accept_rate") == []
+    assert len(warnings(logs, "in use")) == 1
 
 
 # Errors
