@@ -88,6 +88,9 @@ class Owner(Protocol):
     def connected(self, connection: Any) -> None:
         """Its transport is there."""
 
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """Whether what ends it is in a dry run. Then that is told, once."""
+
     def watch(self, connection: Any) -> float:
         """Sweep it about once a second. Returns the time."""
 

@@ -602,13 +602,22 @@ class Entrance(protocol.ServerFactory):
         if not connection.is_running or connection.is_ended:
             return
         for reason in self._timeouts.overdue(connection, now):
-            if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+            if not self.lets_pass(connection, reason):
                 connection.end(reason)
                 return
-            told = self._told.setdefault(connection.id, set())
-            if reason not in told:
-                told.add(reason)
-                self._refusal_log.in_dry_run(connection.peer, reason)
+            if connection.is_over:
+                return  # Whoever was told of the dry run has ended it.
+
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """Whether what ends a connection is in a dry run. Then that is told, once."""
+        if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+            return False
+        told = self._told.setdefault(connection.id, set())
+        if reason not in told:
+            told.add(reason)
+            self._is_limited = True
+            self._refusal_log.in_dry_run(connection.peer, reason)
+        return True
 
     def broken_entrance(self) -> list[str]:
         """What does not hold, and ought to."""

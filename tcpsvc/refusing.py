@@ -124,6 +124,10 @@ class Replies:
         else:
             connection.start()
 
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """There are no limits, and so no dry runs of them."""
+        return False
+
     def watch(self, connection: Any) -> float:
         """It is to be swept."""
         return self._sweeper.watch(connection)

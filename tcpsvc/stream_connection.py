@@ -519,9 +519,15 @@ class StreamConnection(Connection[AddressT]):
             return False
         limit = self._factory.settings.buffer_age_limit
         age = self.writer.age(now)
-        if limit is not None and age > limit:
+        if (
+            limit is not None
+            and age > limit
+            and not self._factory.lets_pass(self, Reason.TOO_OLD)
+        ):
             self._client_does_not_read(age, limit)
             return False
+        if self.is_socket_closed:
+            return False  # Whoever was told of the dry run has closed it.
         if self._phase is _OPEN and getattr(self._base, "disconnecting", False):
             # TLS has ended the connection by itself, behind what is still to be
             # sent: the client's close ends both directions (spec S10).

@@ -652,6 +652,8 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     assert described["is_dropping_incoming_connections"] is True
     assert described["options"]["on_handler_error"] == "raise"
     assert described["options"]["engine"] == "reactor"
+    dry = made("--dry-run=buffer-age-limit,deny")["options"]["dry_run"]
+    assert dry == ["buffer_age_limit", "deny"]
     assert made("--buffer-age-limit=2.5")["options"]["buffer_age_limit"] == 2.5
     default = made()["options"]
     assert default["buffer_age_limit"] == 120
