@@ -34,6 +34,7 @@ from zope.interface import implementer
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import address_text
 from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
 from tcpsvc.error_log import ErrorLog
@@ -44,7 +45,6 @@ from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.snapshot import Bytes, ConnectionSnapshot
-from tcpsvc.where import address_text
 
 AddressT = TypeVar("AddressT")
 

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_str
 
-from tcpsvc.where import address_text, one_line
+from tcpsvc.address_text import address_text, one_line
 
 #: How much of an error's message a line tells: a client may have a say in it.
 MOST_OF_A_MESSAGE = 200

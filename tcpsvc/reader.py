@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
+from tcpsvc.address_text import address_text
 from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
-from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from tcpsvc.connection import Connection

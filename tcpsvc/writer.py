@@ -17,10 +17,10 @@ from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import address_text
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.interfaces import IWriter
 from tcpsvc.reasons import Reason
-from tcpsvc.where import address_text
 
 if TYPE_CHECKING:
     from tcpsvc.connection import Connection

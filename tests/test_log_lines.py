@@ -17,10 +17,10 @@ from twisted.python.failure import Failure
 
 import tcpsvc
 from tcpsvc import LOCALHOST, Observer, Server, WhereToListen
+from tcpsvc.address_text import address_text
 from tcpsvc.error_log import MOST_KINDS, ErrorLog
 from tcpsvc.log_fields import of_client
 from tcpsvc.testing import MemoryServer
-from tcpsvc.where import address_text
 from tests.kinds import OtherEndpoint, end_of
 from tests.support import in_thread, the_reactor, until
 
