@@ -34,12 +34,15 @@ from zope.interface import implementer
 
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import address_text
 from tcpsvc.clock import SteadyClock
 from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, follow
 from tcpsvc.interfaces import IConnection
+from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.snapshot import Bytes, ConnectionSnapshot
@@ -71,6 +74,7 @@ class Owner(Protocol):
 
     settings: Settings
     counters: Counters
+    errors: ErrorLog
     events: Any
     clock: Any
     reactor: Any
@@ -97,6 +101,9 @@ class Owner(Protocol):
 
     def connected(self, connection: Any) -> None:
         """Its transport is there."""
+
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """Whether what ends it is in a dry run. Then that is told, once."""
 
     def watch(self, connection: Any) -> float:
         """Sweep it about once a second. Returns the time."""
@@ -312,7 +319,9 @@ class Connection(Generic[AddressT]):
         if self.is_ended:
             return
         self.is_ended = True
-        _log.debug("ending {peer}: {reason}", peer=self.peer, reason=reason.value)
+        _log.debug(
+            "ending {client}: {reason}", **of_client(self.peer), reason=reason.value
+        )
         self.ends_because(reason)  # Also of one whose socket is closed already.
         if self._handler_state == "waiting":
             self._handler_state = "refused"  # It has none that could be cancelled.
@@ -390,8 +399,8 @@ class Connection(Generic[AddressT]):
             outcome = "left"
             self.ends_because(self._why_it_left(failure.value))
             _log.debug(
-                "handler of {peer} left with {error}",
-                peer=self.peer,
+                "handler of {client} left with {error}",
+                **of_client(self.peer),
                 error=safe_repr(failure.value),
             )
         else:
@@ -425,14 +434,14 @@ class Connection(Generic[AddressT]):
         if self._error is not None and self._error.value is not failure.value:
             self._factory.counters.later_errors += 1
             _log.failure(
-                "an error of the handler of {peer} before it stopped the reactor",
+                "an error of the handler of {client} before it stopped the reactor",
                 failure=self._error,
-                peer=self.peer,
+                **of_client(self.peer),
             )
         self._error_reported = True
         _log.critical(
-            "handler of {peer} raised {kind}: stopping the reactor",
-            peer=self.peer,
+            "handler of {client} raised {kind}: stopping the reactor",
+            **of_client(self.peer),
             kind=type(failure.value).__name__,
             log_failure=failure,
         )
@@ -501,8 +510,10 @@ class Connection(Generic[AddressT]):
         if failure.value is self._error.value:
             return
         self._factory.counters.later_errors += 1
-        _log.failure(
-            "a further error of the handler of {peer}", failure=failure, peer=self.peer
+        self._factory.errors.failure(
+            "a further error of the handler of {client}",
+            failure,
+            **of_client(self.peer),
         )
 
     def fail_at_once(self, failure: Failure) -> None:
@@ -521,7 +532,11 @@ class Connection(Generic[AddressT]):
                 self._running.cancel()
             except Exception:
                 # A canceller of the handler's own; others are to be cancelled too.
-                _log.failure("cancelling the handler of {peer} failed", peer=self.peer)
+                self._factory.errors.failure(
+                    "cancelling the handler of {client} failed",
+                    Failure(),
+                    **of_client(self.peer),
+                )
 
     def _is_ordinary_end(self, failure: Failure) -> bool:
         """Whether what a handler raised is an ordinary end of it (spec H6)."""
@@ -664,5 +679,6 @@ class Connection(Generic[AddressT]):
 
     def __repr__(self) -> str:
         return (
-            f"<{type(self).__name__} #{self.id} from {self.peer} {self._handler_state}>"
+            f"<{type(self).__name__} #{self.id} from {address_text(self.peer)} "
+            f"{self._handler_state}>"
         )

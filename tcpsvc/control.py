@@ -12,7 +12,8 @@ from twisted.internet.defer import Deferred
 
 from tcpsvc.connection import Connection
 from tcpsvc.factory import ServerFactory
-from tcpsvc.settings import limits_text
+from tcpsvc.limits_line import limits_line
+from tcpsvc.listener import Listener
 from tcpsvc.snapshot import ConnectionSnapshot
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ class Control:
     """Mixed into :class:`tcpsvc.Server`."""
 
     _factory: ServerFactory
+
+    @property
+    def listeners(self) -> tuple[Listener[Any, Any], ...]:
+        """Where it listens."""
+        raise NotImplementedError  # pragma: no cover
 
     # Connections.
 
@@ -95,7 +101,13 @@ class Control:
     @property
     def limits(self) -> str:
         """The limits that there are, in a line, for a log."""
-        return limits_text(self._factory.settings)
+        factory = self._factory
+        return limits_line(
+            factory.settings,
+            of_streams=factory.takes_streams,
+            is_dropping=factory.is_dropping,
+            has_backlog=any(one.where.takes_backlog for one in self.listeners),
+        )
 
     def change(self, **options: Unpack[StreamOptions]) -> None:
         """

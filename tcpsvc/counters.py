@@ -30,6 +30,7 @@ class Counters(Observer):
     :ivar too_old: connections closed by ``buffer_age_limit``.
     :ivar aborted: connections aborted because the client did not take its bytes.
     :ivar accept_errors: failed attempts to accept.
+    :ivar observer_errors: what observers have raised.
     :ivar ends: ended connections, by :class:`Reason`.
     :ivar refusals: clients that were not let in, by :class:`Reason`. Who had a slot
         is none of them, and is in ``ends``.
@@ -46,6 +47,7 @@ class Counters(Observer):
     too_old: int = 0
     aborted: int = 0
     accept_errors: int = 0
+    observer_errors: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)
     would_refuse: dict[str, int] = field(default_factory=dict)

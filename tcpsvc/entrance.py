@@ -27,8 +27,10 @@ from tcpsvc.clock import clock_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.log_fields import of_client
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.protocol_connection import ProtocolConnection
@@ -40,6 +42,7 @@ from tcpsvc.settings import Settings
 from tcpsvc.slots import Slots
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.starts import Starts
+from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
 
@@ -74,6 +77,8 @@ class Entrance(protocol.ServerFactory):
         self.settings = settings
         self._options = options
         self.counters = Counters()
+        #: How errors are logged that clients can bring about.
+        self.errors = ErrorLog(self.clock)
         #: Who is told what happens.
         self.events: Any = self.counters
         self._observers: list[Any] = []
@@ -100,6 +105,7 @@ class Entrance(protocol.ServerFactory):
         #: What serves new connections: a function, or a protocol factory.
         self.handler = handler
         self.takes_sockets = kind is SockConnection
+        self.takes_streams = kind is StreamConnection
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
@@ -151,13 +157,18 @@ class Entrance(protocol.ServerFactory):
     def _observers_changed(self) -> None:
         self.is_observed = bool(self._observers)
         self.events = (
-            Broadcast([self.counters, *self._observers])
+            Broadcast(self.counters, self._observers, self.errors)
             if self.is_observed
             else self.counters
         )
 
     def _maybe_over(self) -> None:
         """A connection is over, or nobody is let in any more."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits to be accepted, as far as that is known."""
         raise NotImplementedError  # pragma: no cover
 
     def report(self, peer: Any, error: Failure) -> None:
@@ -278,6 +289,7 @@ class Entrance(protocol.ServerFactory):
             victim = self._eviction.choose(now)
             if victim is None:
                 return
+            self._refusal_log.evicted()
             victim.end(Reason.EVICTED)
 
     def refused(self, address: Any, reason: Reason) -> None:
@@ -320,9 +332,9 @@ class Entrance(protocol.ServerFactory):
         if self.takes_sockets:
             if self.may_say("no sockets"):
                 self._log.error(
-                    "{peer} refused, as all are: only a tcpsvc.Server can serve a "
+                    "{client} refused, as all are: only a tcpsvc.Server can serve a "
                     "socket handler; use Server.create_sock",
-                    peer=addr,
+                    **of_client(addr),
                 )
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
@@ -491,6 +503,13 @@ class Entrance(protocol.ServerFactory):
 
     def _rate_allows(self) -> None:
         self._rate_wait = None
+        # Whoever waits now could have come in but for the rate.
+        if (
+            not self.is_dropping
+            and self.has_place()
+            and (self._too_early or self.is_awaited)
+        ):
+            self._refusal_log.waits_for_rate()
         self._place_found()
 
     def _stop_waiting_for_rate(self) -> None:
@@ -589,15 +608,22 @@ class Entrance(protocol.ServerFactory):
         if not connection.is_running or connection.is_ended:
             return
         for reason in self._timeouts.overdue(connection, now):
-            if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+            if not self.lets_pass(connection, reason):
                 connection.end(reason)
                 return
-            told = self._told.setdefault(connection.id, set())
-            if reason not in told:
-                told.add(reason)
-                self._refusal_log.in_dry_run(connection.peer, reason)
-                if connection.is_ended or connection.is_over:
-                    return  # By whoever was told.
+            if connection.is_ended or connection.is_over:
+                return  # Whoever was told of the dry run has ended it.
+
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """Whether what ends a connection is in a dry run. Then that is told, once."""
+        if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
+            return False
+        told = self._told.setdefault(connection.id, set())
+        if reason not in told:
+            told.add(reason)
+            self._is_limited = True
+            self._refusal_log.in_dry_run(connection.peer, reason)
+        return True
 
     def broken_entrance(self) -> list[str]:
         """What does not hold, and ought to."""

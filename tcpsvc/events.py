@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from twisted.logger import Logger
+from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.exceptions import Invalid
 from zope.interface.verify import verifyObject
 
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.interfaces import IObserver
 from tcpsvc.reasons import Reason
-
-_log = Logger(namespace="tcpsvc")
 
 
 @implementer(IObserver)
@@ -27,7 +26,7 @@ class Observer:
     ``observer``; see :class:`tcpsvc.IObserver` for what each is told.
 
     Methods are called at once, in the middle of what they tell of. What they raise is
-    logged and goes no further.
+    counted and logged, once in a minute of each kind, and goes no further.
     """
 
     __slots__ = ()
@@ -92,11 +91,15 @@ class Broadcast:
     """
     Tells several observers.
 
-    :param observers: the first is the server's own, and is not guarded.
+    :param own: the server's counters, which are not guarded.
+    :param others: who is told after them.
+    :param errors: how their errors are logged.
     """
 
-    def __init__(self, observers: Iterable[Any]) -> None:
-        self._own, *self._others = observers
+    def __init__(self, own: Any, others: Iterable[Any], errors: ErrorLog) -> None:
+        self._own = own
+        self._others = tuple(others)
+        self._errors = errors
 
     def __getattr__(self, event: str) -> Any:
         tell_own = getattr(self._own, event)
@@ -108,8 +111,19 @@ class Broadcast:
                 try:
                     tell_other(*told)
                 except Exception:
-                    _log.failure("an observer failed at {event}", event=event)
+                    self._failed(event)
 
         # Found without this method from now on.
         setattr(self, event, tell)
         return tell
+
+    def _failed(self, event: str) -> None:
+        """Clients bring events about: there may be a flood of them."""
+        self._own.observer_errors += 1
+        self._errors.failure(
+            "an observer failed at {event}",
+            Failure(),
+            of=event,
+            between=LogLevel.debug,
+            event=event,
+        )

@@ -22,6 +22,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.handler import STOPPING, run_handler
 from tcpsvc.rate import Rate, TokenBucket
 from tcpsvc.settings import Settings
@@ -71,6 +72,7 @@ class Owner(Protocol):
 
     settings: Settings
     clock: Any
+    errors: ErrorLog
     server: Any
     #: Whether nobody is let in, nor sent away, for now.
     is_paused: bool
@@ -183,8 +185,13 @@ class Exhaustion:
 
     def accepted(self) -> None:
         """A port could; to be told during an episode."""
-        if not any(p.is_awaited for p in self._ports):
+        if not self.is_awaited:
             self.episode = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits at any of the ports."""
+        return any(p.is_awaited for p in self._ports)
 
     def descriptor_closed(self) -> None:
         """A descriptor of this server is free again: try at once."""
@@ -249,7 +256,7 @@ class Exhaustion:
             self._owner.stop_reactor(failure.value)
         if not episode.hook_has_failed:
             episode.hook_has_failed = True
-            self._log.failure("on_accept_error failed", failure=failure)
+            self._owner.errors.failure("on_accept_error failed", failure)
 
     def _hook_ended(self, _: object) -> None:
         self._is_hook_running = False

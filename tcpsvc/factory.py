@@ -56,7 +56,9 @@ class ServerFactory(Entrance):
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
         super().__init__(kind, handler, settings, **options)
-        self._failures = Failures(settings.on_handler_error, self._maybe_over)
+        self._failures = Failures(
+            settings.on_handler_error, self.errors, self._maybe_over
+        )
         self._failures.on_fatal = self.close
         self._when_over = Event()
         #: Happens when those are closed that are being closed just now.
@@ -373,6 +375,11 @@ class ServerFactory(Entrance):
     def listening_on(self) -> Any:
         """The listening address, where it is known and there is no other."""
         return self._addresses()[0] if self.has_one_address else None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a client waits to be accepted, at a port that has a gate."""
+        return self.exhaustion.pause is None and self.exhaustion.is_awaited
 
     def watch(self, connection: Any) -> float:
         """Sweep a connection. Returns the time."""

@@ -13,7 +13,14 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
-from tcpsvc.handler import OnHandlerError, report_error
+from tcpsvc.error_log import ErrorLog
+from tcpsvc.handler import (
+    HANDLER_FAILED,
+    OnHandlerError,
+    log_error,
+    report_error,
+)
+from tcpsvc.log_fields import of_client
 
 
 class Failures:
@@ -21,13 +28,20 @@ class Failures:
     The errors of one server's handlers.
 
     :param policy: ``on_handler_error``.
+    :param errors: how they are logged.
     :param on_reported: called whenever an error has been dealt with.
     """
 
     _log = Logger(namespace="tcpsvc")
 
-    def __init__(self, policy: OnHandlerError, on_reported: Callable[[], None]) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        policy: OnHandlerError,
+        errors: ErrorLog,
+        on_reported: Callable[[], None],
+    ) -> None:
+        self._errors = errors
+        self._policy = self._log_error if policy is log_error else policy
         self._on_reported = on_reported
         #: Called when an error is to close the server, before anyone hears of it.
         self.on_fatal: Callable[[], object] = on_reported
@@ -47,18 +61,24 @@ class Failures:
             done = report_error(self._policy, peer, error)
         except BaseException:
             done = fail(Failure())
-        done.addErrback(self._close_for)
+        done.addErrback(self._close_for, peer)
         done.addBoth(self._reported)
+
+    def _log_error(self, peer: Any, error: Failure) -> None:
+        """What :func:`log_error` does, where there may be a flood of them."""
+        self._errors.failure(HANDLER_FAILED, error, **of_client(peer))
 
     def _reported(self, _: object) -> None:
         self._pending -= 1
         self._on_reported()
 
-    def _close_for(self, failure: Failure) -> None:
+    def _close_for(self, failure: Failure, peer: Any) -> None:
         if self._fatal is not None:
-            self._log.failure(
-                "a further handler error after the one that closed the server",
-                failure=failure,
+            self._errors.failure(
+                "a further handler error, of {client}, after the one that closed the "
+                "server",
+                failure,
+                **of_client(peer),
             )
             return
         self._fatal = failure

@@ -25,14 +25,16 @@ from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from tcpsvc.addresses import ipv4_address
 from tcpsvc.counters import Counters
 from tcpsvc.engine import Engine, engage
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
 from tcpsvc.handler import STOPPING
 from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
+from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.refusing import send_away
@@ -57,6 +59,7 @@ class Admits(Protocol):
 
     settings: Settings
     counters: Counters
+    errors: ErrorLog
     exhaustion: Exhaustion
     is_dropping: bool
     takes_sockets: bool
@@ -94,8 +97,6 @@ class Gate:
     :param factory: knows the free slots and whether to drop or refuse, and when to
         rest because accepting fails.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(self, port: Any, factory: Admits) -> None:
         self._port = port
@@ -286,7 +287,10 @@ class Gate:
             self._failed(error, address)
 
     def _failed(self, error: BaseException, address: Any) -> None:
-        self._log.failure("could not serve {peer}", peer=address)
+        peer = self._port._buildAddr(address)
+        self._factory.errors.failure(
+            "could not serve {client}", Failure(), **of_client(peer)
+        )
         self._factory.forget_unconnected()
         if isinstance(error, STOPPING):
             self._factory.stop_reactor(error)

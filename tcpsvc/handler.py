@@ -15,6 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 
+from tcpsvc.log_fields import of_client
+
 _log = Logger(namespace="tcpsvc")
 
 #: What a handler may raise to stop the whole process (spec H7).
@@ -22,6 +24,8 @@ STOPPING = (KeyboardInterrupt, SystemExit)
 
 #: What is called with the client's address and the failure of its handler.
 ErrorCallable = Callable[[Any, Failure], object]
+#: What the log says of an error.
+HANDLER_FAILED = "handler of {client} failed"
 OnHandlerError = Literal["raise", "ignore"] | ErrorCallable
 
 
@@ -77,9 +81,12 @@ async def _awaited(awaitable: Awaitable[object]) -> object:
 def log_error(address: IAddress, failure: Failure) -> None:
     """
     An ``on_handler_error`` that logs the failure with its client's address, and
-    lets the server go on (spec E1).
+    lets the server go on (spec E1). Of failures of one kind, of the same type and
+    raised at the same place, the server logs one in a minute with its traceback, and
+    the others in a line each. Called by a function of yours, it logs the traceback of
+    each.
     """
-    _log.failure("handler of {peer} failed", failure=failure, peer=address)
+    _log.failure(HANDLER_FAILED, failure=failure, **of_client(address))
 
 
 def check_on_handler_error(policy: object) -> None:
@@ -106,8 +113,8 @@ def report_error(
         return fail(failure)
     if policy == "ignore":
         _log.debug(
-            "handler of {peer} failed, ignored: {error}",
-            peer=address,
+            "handler of {client} failed, ignored: {error}",
+            **of_client(address),
             error=safe_repr(failure.value),
         )
         return succeed(None)

@@ -71,7 +71,8 @@ class Options(TypedDict, total=False):
         word.
     ``dry_run``
         Limits, by the names of their options, or ``True`` for all, that let pass
-        what they would refuse or end, and count and log it. Default ``()``.
+        what they would refuse or end, and count and log it. ``flush_timeout`` is no
+        limit of clients: it has none. Default ``()``.
     ``first_byte_timeout``
         Seconds, from its slot on, in which a client must have sent something; under
         TLS, something more than its handshake. Default: no limit.

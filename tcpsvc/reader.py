@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
+from tcpsvc.address_text import address_text
 from tcpsvc.driver import Suspension
 from tcpsvc.interfaces import IReader
 
@@ -323,7 +324,7 @@ class Reader:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "eof" if self.has_eof else "open"
         return (
-            f"<Reader of {self._connection.peer} {state}, "
+            f"<Reader of {address_text(self._connection.peer)} {state}, "
             f"{self.bytes_buffered} bytes buffered, {self.bytes_read} read>"
         )
 

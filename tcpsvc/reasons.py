@@ -112,4 +112,5 @@ LIMITS = {
     "handler_timeout": Reason.HANDLER_TIMEOUT,
     "lifetime": Reason.LIFETIME,
     "min_throughput": Reason.SLOW,
+    "buffer_age_limit": Reason.TOO_OLD,
 }

@@ -1,6 +1,7 @@
 """
-What is said, and counted, of clients that are refused, and of limits that are only
-tried out; and how often anything is said that a client can bring about.
+What is said, and counted, of clients that are refused, or wait, of whom they drive out,
+and of limits that are only tried out; and how often anything is said that a client can
+bring about.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from twisted.logger import Logger
 
 from tcpsvc.counters import Counters
+from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 
@@ -41,6 +43,7 @@ class RefusalLog:
     def __init__(self, owner: Owner, names: Callable[[], str]) -> None:
         self._owner = owner
         self._names = names
+        self._evicted = 0
         #: When it was last said that clients are refused, by the reason.
         self._warned_at: dict[Reason | str, float] = {}
 
@@ -65,7 +68,7 @@ class RefusalLog:
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far",
                 address=self._names(),
-                client=address,
+                **of_client(address),
                 reason=reason.value,
                 count=owner.counters.would_refuse[reason.value],
             )
@@ -80,6 +83,29 @@ class RefusalLog:
                 "{address}: all {limit} connections are in use; further clients wait",
                 address=self._names(),
                 limit=settings.max_connections,
+            )
+
+    def evicted(self) -> None:
+        """A connection had to go for another client."""
+        self._evicted += 1
+        if self.may_say(Reason.EVICTED):
+            _log.warn(
+                "{address}: all {limit} connections are in use; for each further "
+                "client the one that was idle for longest goes: {reason}, {count} so "
+                "far",
+                address=self._names(),
+                limit=self._owner.settings.max_connections,
+                reason=Reason.EVICTED.value,
+                count=self._evicted,
+            )
+
+    def waits_for_rate(self) -> None:
+        """A client had to wait for accept_rate."""
+        if self.may_say(Reason.ACCEPT_RATE):
+            _log.warn(
+                "{address}: clients come more often than accept_rate={rate}; they wait",
+                address=self._names(),
+                rate=self._owner.settings.accept_rate,
             )
 
     def may_say(self, of: Reason | str) -> bool:

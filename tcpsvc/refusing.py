@@ -9,18 +9,17 @@ import socket
 from dataclasses import replace
 from typing import Any
 
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.counters import Counters
+from tcpsvc.error_log import ErrorLog
 from tcpsvc.kernel import close_orderly, close_with_reset
+from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
-
-_log = Logger(namespace="tcpsvc")
 
 #: How long a client may take for a last word, in seconds.
 REPLY_TIMEOUT = 5.0
@@ -59,6 +58,7 @@ class Replies:
             owner.settings, flush_timeout=REPLY_TIMEOUT, buffer_age_limit=None
         )
         self.counters = self.events = Counters()
+        self.errors: ErrorLog = owner.errors
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
         self._sweeper = Sweeper(self.clock, self._connections)
@@ -124,6 +124,10 @@ class Replies:
         else:
             connection.start()
 
+    def lets_pass(self, connection: Any, reason: Reason) -> bool:
+        """There are no limits, and so no dry runs of them."""
+        return False
+
     def watch(self, connection: Any) -> float:
         """It is to be swept."""
         return self._sweeper.watch(connection)
@@ -139,7 +143,7 @@ class Replies:
 
     def report(self, peer: Any, error: Failure) -> None:
         """It has no handler that could fail."""
-        _log.failure("a last word to {peer} failed", failure=error, peer=peer)
+        self.errors.failure("a last word to {client} failed", error, **of_client(peer))
 
     def uncount(self, connection: Any) -> None:
         """It holds no slot anyway."""

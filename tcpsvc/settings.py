@@ -34,7 +34,6 @@ from tcpsvc.overflow import (
 )
 from tcpsvc.peers import PREFIXES
 from tcpsvc.rate import Rate
-from tcpsvc.reasons import LIMITS
 
 #: The default of ``backlog``, as in Async.
 BACKLOG = 64
@@ -216,31 +215,6 @@ def _formed(options: dict[str, Any]) -> dict[str, Any]:
         if name in values:
             values[name] = form(name, values[name])
     return values
-
-
-def limits_text(settings: Settings) -> str:
-    """The limits in a line, for a log: those that there are."""
-    told = [f"max_connections={settings.max_connections}"]
-    for name in (*LIMITS, "overflow"):
-        value = getattr(settings, name)
-        if name == "max_connections" or value is None or value == NO_NETWORKS:
-            continue
-        told.append(f"{name}={_limit_text(name, value)}")
-    if settings.dry_run:
-        told.append(f"dry run of {', '.join(sorted(settings.dry_run))}")
-    return ", ".join(told)
-
-
-def _limit_text(name: str, value: object) -> str:
-    if isinstance(value, Networks):
-        found = [str(network) for network in value]
-        return " ".join(found) if len(found) <= 5 else f"{len(found)} networks"
-    if isinstance(value, Reply):
-        return f"a reply of {len(value.data)} bytes"
-    if isinstance(value, float):
-        unit = "bytes/s" if name == "min_throughput" else "s"
-        return f"{value:g} {unit}"
-    return str(value)
 
 
 def describe_settings(settings: Settings) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from zope.interface import implementer
 from tcpsvc import kernel
 from tcpsvc.chunks import Chunks
 from tcpsvc.connection import CLOSED, AddressT, Connection, Owner
+from tcpsvc.log_fields import of_client
 from tcpsvc.reader import Reader
 from tcpsvc.reasons import Reason
 from tcpsvc.snapshot import Bytes
@@ -518,9 +519,15 @@ class StreamConnection(Connection[AddressT]):
             return False
         limit = self._factory.settings.buffer_age_limit
         age = self.writer.age(now)
-        if limit is not None and age > limit:
+        if (
+            limit is not None
+            and age > limit
+            and not self._factory.lets_pass(self, Reason.TOO_OLD)
+        ):
             self._client_does_not_read(age, limit)
             return False
+        if self.is_socket_closed:
+            return False  # Whoever was told of the dry run has closed it.
         if self._phase is _OPEN and getattr(self._base, "disconnecting", False):
             # TLS has ended the connection by itself, behind what is still to be
             # sent: the client's close ends both directions (spec S10).
@@ -543,7 +550,7 @@ class StreamConnection(Connection[AddressT]):
         else:
             self._say(
                 LogLevel.warn,
-                "closing {peer} during its final flush: {error}; {count} so far",
+                "closing {client} during its final flush: {error}; {count} so far",
                 error=str(error),
                 count=self._factory.counters.too_old,
             )
@@ -570,7 +577,7 @@ class StreamConnection(Connection[AddressT]):
             self.reason = Reason.FLUSH_TIMEOUT
             self._say(
                 LogLevel.info,
-                "aborting {peer}: it has taken no byte for {seconds:g} s while its "
+                "aborting {client}: it has taken no byte for {seconds:g} s while its "
                 "connection was to close; {count} so far",
                 seconds=now - since,
                 count=self._factory.counters.aborted,
@@ -584,4 +591,4 @@ class StreamConnection(Connection[AddressT]):
         assert self.reason is not None
         if not self._factory.may_say(f"ended: {self.reason.value}"):
             level = LogLevel.debug
-        _log.emit(level, text, peer=self.peer, **fields)
+        _log.emit(level, text, **of_client(self.peer), **fields)

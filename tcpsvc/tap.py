@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from twisted.internet.error import CannotListenError
 from twisted.python import usage
@@ -285,11 +285,39 @@ class Options(usage.Options):
             WhereToListen.bind_to(ALL_ADDRESSES, port, reuseport=self["reuse-port"])
             for port in self["port"]
         ]
-        found += [WhereToListen.of_file(path) for path in self["socket"]]
+        found += [_file("socket", path, path) for path in self["socket"]]
         found += [
             _place(description, self["backlog"]) for description in self["listen"]
         ]
         return found or [WhereToListen.bind_to(LOCALHOST, 0)]
+
+
+def _file(
+    option: str, text: str, path: str, mode: int | None = None
+) -> WhereToListen[Any, Any]:
+    try:
+        return WhereToListen.of_file(path, mode=mode)
+    except ValueError as error:
+        raise ValueError(
+            f"--{option} {text}: {str(error).removeprefix('path=')}"
+        ) from error
+
+
+def _as_typed(message: str) -> str:
+    """An error of the library's, which begins with the option, as it is typed here."""
+    name, equals, rest = message.partition("=")
+    if name == "endpoint":
+        return f"--listen={rest}"
+    if equals and name in _TYPED:
+        return f"--{_TYPED[name]}={rest}"
+    return message
+
+
+#: The options by their names in Python.
+_TYPED = {
+    str(name).replace("-", "_"): str(name)
+    for name, *_ in cast("list[list[Any]]", Options.optParameters)
+}
 
 
 def _network(option: str, text: str) -> str:
@@ -314,7 +342,8 @@ def _place(description: str, backlog: int | None) -> WhereToListen[Any, Any]:
         mode = options.get("mode", "666")
         if not re.fullmatch("[0-7]{1,4}", mode):
             raise ValueError(f"--listen {description}: mode={mode} is not octal")
-        return WhereToListen.of_file(path.removeprefix("address="), mode=int(mode, 8))
+        path = path.removeprefix("address=")
+        return _file("listen", description, path, mode=int(mode, 8))
     if kind == "unix" and "lockfile" not in options:
         description += ":lockfile=0"
     return WhereToListen.of_endpoint(_with_backlog(description, backlog))
@@ -357,7 +386,7 @@ def makeService(options: Options) -> Daemon:
         if failures:
             failures[0].raiseException()
     except (ValueError, TypeError, CannotListenError) as error:
-        refuse(error)
+        refuse(_as_typed(str(error)))
     except Exception as error:
         # Whatever an endpoint's plugin may raise.
         refuse(f"{where}{type(error).__name__}: {error}")

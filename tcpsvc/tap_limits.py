@@ -22,6 +22,9 @@ from tcpsvc.reasons import LIMITS
 FIRST_BYTE_TIMEOUT = 60.0
 IDLE_TIMEOUT = 3600.0
 
+#: What may be in a dry run, as it is typed.
+_DRY_RUN = ("all", *(name.replace("_", "-") for name in LIMITS))
+
 #: As on a command line.
 NONE = "none"
 
@@ -66,9 +69,15 @@ def _prefixes(name: str, text: str) -> tuple[int, int]:
 
 
 def _limits(name: str, text: str) -> Any:
-    if text == "all":
+    words = text.split(",")
+    if "all" in words:
+        if len(words) > 1:
+            raise ValueError("'all' stands alone")
         return True
-    return limits(name, [word.replace("-", "_") for word in text.split(",")])
+    for word in words:
+        if word.replace("-", "_") not in LIMITS:
+            raise ValueError(f"{word!r} is not one of {', '.join(_DRY_RUN)}")
+    return limits(name, [word.replace("-", "_") for word in words])
 
 
 def _way(words: tuple[str, ...]) -> Callable[[str, str], Any]:
@@ -87,10 +96,12 @@ def _parameter(
     name: str, default: object, convert: Callable[[str, str], Any], text: str
 ) -> list[Any]:
     def coerce(value: str) -> Any:
+        python_name = name.replace("-", "_")
         try:
-            return convert(name.replace("-", "_"), value)
+            return convert(python_name, value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"--{name} {value}: {error}") from error
+            what = str(error).removeprefix(f"{python_name}: ")
+            raise ValueError(f"--{name} {value}: {what}") from error
 
     return [name, None, default, text, coerce]
 
@@ -187,7 +198,7 @@ PARAMETERS = [
 COMPLETIONS = {
     "overflow": usage.CompleteList([*OVERFLOWS, "reply:"]),
     "refusal": usage.CompleteList([*REFUSALS, "reply:"]),
-    "dry-run": usage.CompleteMultiList(["all", *LIMITS]),
+    "dry-run": usage.CompleteMultiList(list(_DRY_RUN)),
 }
 
 _NAMES = [str(parameter[0]) for parameter in PARAMETERS]

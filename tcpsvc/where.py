@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.endpoints import serverFromString
@@ -49,6 +49,9 @@ class WhereToListen(Generic[AddressT, ListeningOnT]):
     """
 
     __slots__ = ()
+
+    #: Whether ``backlog`` is that of its socket.
+    takes_backlog: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return address_text(self.address)
@@ -204,6 +207,7 @@ class SocketPlace(WhereToListen[AddressT, ListeningOnT]):
     """A place that becomes a listening socket at once, without an endpoint."""
 
     __slots__ = ()
+    takes_backlog: ClassVar[bool] = True
 
     def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
         """
@@ -318,6 +322,8 @@ class _Unix(SocketPlace[UNIXAddress, str]):
 class _Descriptor(SocketPlace[IAddress, IAddress]):
     fd: int
     own: bool
+
+    takes_backlog: ClassVar[bool] = False
 
     def open(self, backlog: int, given: socket.socket | None = None) -> ListeningSocket:
         if given is not None:

@@ -17,6 +17,7 @@ from twisted.internet.interfaces import ITransport
 from zope.interface import implementer
 
 from tcpsvc._waiters import Event
+from tcpsvc.address_text import address_text
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.interfaces import IWriter
 from tcpsvc.reasons import Reason
@@ -334,7 +335,7 @@ class Writer:
     def __repr__(self) -> str:
         state = "gone" if self._is_gone else self._state
         return (
-            f"<Writer to {self.peer} {state}, "
+            f"<Writer to {address_text(self.peer)} {state}, "
             f"{self.bytes_to_write} of {self.bytes_written} bytes to write>"
         )
 
@@ -447,7 +448,9 @@ class Writer:
             return self._age_error
         reason = self._connection.reason
         because = "" if reason is None else f": {reason.value}"
-        error = ConnectionGone(f"the connection of {self.peer} is gone{because}")
+        error = ConnectionGone(
+            f"the connection of {address_text(self.peer)} is gone{because}"
+        )
         error.reason = reason
         error.connection = self._connection
         return error

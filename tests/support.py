@@ -102,6 +102,15 @@ class Logs:
         self.events = [e for e in self.events if e.get("log_level") not in levels]
         return taken
 
+    def unreadable(self) -> list[str]:
+        """Lines of ours that show an address as Python does, not as people do."""
+        return [
+            text
+            for e in self.events
+            if (e.get("log_namespace") or "").startswith("tcpsvc")
+            and "Address(" in (text := formatEvent(e))
+        ]
+
     def bad(self) -> list[str]:
         """Logged failures and critical lines, which no test may leave."""
         return [
@@ -186,7 +195,7 @@ def nothing_left_behind(logs: Logs) -> Iterator[None]:
         pytest_twisted.blockon(turn(0.005))
     left = leftovers(*before)
     gc.collect()
-    problems = left + logs.bad()
+    problems = left + logs.bad() + logs.unreadable()
     assert not problems, "left behind:\n" + "\n".join(problems)
 
 

@@ -69,6 +69,7 @@ DRY_RUNS: list[Any] = [
     ["accept_rate"],
     ["allow", "deny"],
     ["first_byte_timeout", "idle_timeout", "handler_timeout", "lifetime"],
+    ["buffer_age_limit"],
 ]
 
 #: Options, and what they are changed to. The first is how they are at the beginning.

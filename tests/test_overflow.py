@@ -13,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
-from twisted.logger import LogLevel
+from twisted.logger import LogLevel, formatEvent
 from twisted.protocols.policies import WrappingFactory
 
 from tcpsvc import LOCALHOST, Observer, Reason, Reply, Server, ServerFactory
@@ -1105,10 +1105,10 @@ async def test_a_protocol_that_builds_none_frees_its_slot(
 def loud(logs: Any) -> list[str]:
     """The lines above debug that name a client."""
     return [
-        text
-        for level in (LogLevel.info, LogLevel.warn, LogLevel.error)
-        for text in logs.texts(level)
-        if "IPv4Address" in text
+        formatEvent(e)
+        for e in logs.events
+        if "client" in e
+        and e["log_level"] in (LogLevel.info, LogLevel.warn, LogLevel.error)
     ]
 
 

@@ -424,6 +424,42 @@ def test_in_a_dry_run_it_is_counted_once_a_connection(option: str) -> None:
     assert server.factory._told == {}
 
 
+class Closes(Observer):
+    """Ends whoever a dry run tells of."""
+
+    def __init__(self) -> None:
+        self.server: Any = None
+        self.seen: list[Reason] = []
+
+    def refused_in_dry_run(self, address: Any, reason: Reason) -> None:
+        self.seen.append(reason)
+        for connection in self.server.factory.connections:
+            connection.end(Reason.CLOSED)
+
+
+def test_whoever_hears_of_a_dry_run_may_close_the_connection() -> None:
+    """Of what is over nothing more is told, and nothing remembered."""
+    observer = Closes()
+    for options, expected in (
+        ({"lifetime": 2.0, "handler_timeout": 2.0}, Reason.LIFETIME),
+        ({"buffer_age_limit": 2.0}, Reason.TOO_OLD),
+    ):
+        handlers = Handlers(reads=False)
+        server = MemoryServer(
+            handlers.stream, dry_run=True, observer=observer, **options
+        )
+        observer.server = server
+        server.connect(is_reading=False)
+        handlers.started[0].write(b"x")
+        for _ in range(5):
+            server.clock.advance(1)
+        assert observer.seen == [expected]
+        assert server.factory.connections == []
+        assert server.factory._told == {}
+        assert server.clock.getDelayedCalls() == []
+        observer.seen.clear()
+
+
 @pytest.mark.parametrize("dry", TIMEOUTS)
 @pytest.mark.parametrize("real", [*TIMEOUTS, "min_throughput"])
 def test_a_dry_run_of_one_timeout_hides_no_other(dry: str, real: str) -> None:

@@ -652,6 +652,8 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     assert described["is_dropping_incoming_connections"] is True
     assert described["options"]["on_handler_error"] == "raise"
     assert described["options"]["engine"] == "reactor"
+    dry = made("--dry-run=buffer-age-limit,deny")["options"]["dry_run"]
+    assert dry == ["buffer_age_limit", "deny"]
     assert made("--buffer-age-limit=2.5")["options"]["buffer_age_limit"] == 2.5
     default = made()["options"]
     assert default["buffer_age_limit"] == 120
@@ -662,6 +664,23 @@ def test_every_option_reaches_the_server(made: Any) -> None:
     assert default["eof_on_drain"] is False
     assert tap.Options()["drain-timeout"] == 30
     assert tap.Options()["drain-announce"] == tap.Options()["drain-spread"] == 0
+
+
+def test_the_limits_in_force_are_logged_at_the_start(start: Any) -> None:
+    """With their units, in one line; those that nobody gave, too."""
+    child = start(
+        *twistd("-n", "tcpsvc", "--max-connections=7", "--deny=10.0.0.0/8",
+                "--peer-prefixes=24,56", "--max-connections-per-peer=3",
+                "--min-throughput=10", "--overflow=reply:full")
+    )  # fmt: skip
+    child.expect(
+        "limits: max_connections=7, overflow=a reply of 4 bytes, "
+        "max_connections_per_peer=3, peer_prefixes=/24 and /56, deny=10.0.0.0/8, "
+        "refusal=reset, on_exhaustion=back-off, first_byte_timeout=60 s, "
+        "idle_timeout=3600 s, min_throughput=10 bytes/s, throughput_window=30 s, "
+        "buffer_age_limit=120 s, flush_timeout=30 s"
+    )
+    stop(child)
 
 
 # Signals.
@@ -969,7 +988,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "port_too_high": (["--port=65536"], "65536"),
     "port_in_use": (["--port={used}"], "{used}"),
     "endpoint_in_use": (["--listen=tcp:{used}"], "{used}"),
-    "socket_empty": (["--socket="], "path"),
+    "socket_empty": (["--socket="], "--socket : '' is no path"),
     "socket_no_directory": (["--socket=no_such/a.sock"], "no_such/a.sock"),
     "socket_below_file": (["--socket=../app/hands.py/a.sock"], "hands.py/a.sock"),
     "socket_is_file": (["--socket=../app/hands.py"], "no socket"),
@@ -1001,8 +1020,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "max_accepts": (["--max-accepts-per-batch=0"], "max-accepts-per-batch"),
     "backlog": (["--backlog=0"], "backlog"),
     "backlog_negative": (["--backlog=-5"], "-5"),
+    "backlog_too_large": (["--backlog=99999999999"], "--backlog=99999999999 is above"),
     "age_limit": (["--buffer-age-limit=0"], "buffer-age-limit"),
     "age_limit_text": (["--buffer-age-limit=old"], "old"),
+    "age_limit_inf": (["--buffer-age-limit=inf"], "--buffer-age-limit=inf"),
     "age_limit_nan": (["--buffer-age-limit=nan"], "nan"),
     "overflow": (["--overflow=wait"], "reply:TEXT"),
     "overflow_reply_empty": (["--overflow=reply:"], "--overflow reply:"),
@@ -1012,11 +1033,20 @@ BAD: dict[str, tuple[list[str], str]] = {
         "--max-connections-per-peer 0: not a number from 1 on",
     ),
     "accept_rate_per_peer": (["--accept-rate-per-peer=often"], "10/s:20"),
-    "accept_rate": (["--accept-rate=0"], "--accept-rate 0"),
+    "accept_rate_per_peer_form": (
+        ["--accept-rate-per-peer=1/d"],
+        "--accept-rate-per-peer 1/d: rate '1/d' is not of the form",
+    ),
+    "accept_rate": (["--accept-rate=0"], "--accept-rate 0: rate '0'"),
     "peer_prefixes": (["--peer-prefixes=33,64"], "32,64"),
     "allow": (["--allow=10.0.0.1/8"], "10.0.0.0/8"),
     "deny": (["--deny=localhost"], "localhost"),
-    "dry_run": (["--dry-run=deny,nothing"], "nothing"),
+    "dry_run": (
+        ["--dry-run=deny,no_thing"],
+        "--dry-run deny,no_thing: 'no_thing' is not one of all, max-connections,",
+    ),
+    "dry_run_all_and_more": (["--dry-run=all,deny"], "'all' stands alone"),
+    "dry_run_empty": (["--dry-run="], "'' is not one of all"),
     "first_byte_timeout": (["--first-byte-timeout=0"], "--first-byte-timeout 0"),
     "idle_timeout": (["--idle-timeout=-1"], "--idle-timeout -1"),
     "handler_timeout": (["--handler-timeout=nan"], "--handler-timeout nan"),
@@ -1028,7 +1058,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "drain_timeout_nan": (["--drain-timeout=nan"], "nan"),
     "drain_announce": (["--drain-announce=-1"], "drain-announce"),
     "drain_announce_text": (["--drain-announce=soon"], "soon"),
-    "drain_announce_inf": (["--drain-announce=inf"], "drain_announce=inf"),
+    "drain_announce_inf": (["--drain-announce=inf"], "--drain-announce=inf"),
+    "drain_spread_inf": (["--drain-spread=inf"], "--drain-spread=inf"),
     "drain_spread": (["--drain-spread=-1"], "drain-spread"),
     "drain_spread_nan": (["--drain-spread=nan"], "nan"),
     "eof_on_drain_of_sockets": (
@@ -1172,6 +1203,18 @@ def outcomes(
                 kill_all_in(Path(job["directory"]))
 
 
+#: What nobody has typed: the names that options have in Python.
+PYTHON_NAMES = re.compile(
+    r"\b(path|endpoint|{})\b".format(
+        "|".join(
+            str(parameter[0]).replace("-", "_")
+            for parameter in tap.Options.optParameters
+            if "-" in str(parameter[0])
+        )
+    )
+    + r"(?=[=:,']|$)"
+)
+
 #: ``python -m twisted`` looks at the same options in the same way.
 TWIST = [
     "no_module", "not_callable", "import_exits", "factory_exits", "two_handlers",
@@ -1188,13 +1231,18 @@ TWIST = [
 def test_bad_input_is_one_line_and_nothing_is_left(
     outcomes: dict[tuple[str, str], Outcome], mode: str, case: str
 ) -> None:
-    """With and without -n: a line on stderr, a status, nothing bound or on disk."""
+    """
+    With and without -n: a line on stderr, a status, nothing bound or on disk. Options
+    are named as they are typed.
+    """
     outcome = outcomes[mode, case]
     said = {**BAD, **ALONE}[case][1].replace("{used}", outcome.used)
     assert outcome.running == [], outcome.out + outcome.err
     assert len(outcome.err.splitlines()) == 1, outcome.err
     assert outcome.err.startswith("tcpsvc: error: ")
     assert said in outcome.err
+    typed = " ".join({**BAD, **ALONE}[case][0])
+    assert not PYTHON_NAMES.search(outcome.err.replace(typed, "")), outcome.err
     assert outcome.out == ""
     assert outcome.status == 1
     assert outcome.files == []

@@ -495,6 +495,77 @@ async def test_the_age_limit_during_the_final_flush_is_logged_only(
     assert any("final flush" in t for t in logs.texts(LogLevel.warn))
 
 
+@pytest.mark.parametrize("dry_run", [["buffer_age_limit"], True])
+@ensureDeferred
+async def test_a_dry_run_of_the_age_limit_lets_pass_and_counts_once(
+    scene: Any, logs: Any, dry_run: Any
+) -> None:
+    """N5, S6: nothing is closed nor raised; once a connection, and one warning."""
+    s = await scene(narrow=True, buffer_age_limit=20, dry_run=dry_run)
+    for _ in range(2):
+        s.writer.write(b"x" * 1_000_000)
+        flushing = s.writer.flushed()
+        await s.seconds(60)
+        assert not s.writer.is_closed
+        assert not flushing.called
+        assert await in_thread(s.client.read, 1_000_000) == b"x" * 1_000_000
+        await flushing
+        counters = s.server.describe()["counters"]
+        assert counters["would_refuse"] == {"too_old": 1}
+        assert counters["too_old"] == 0
+    lines = [t for t in logs.texts(LogLevel.warn) if "dry run" in t]
+    assert len(lines) == 1
+    assert "too_old, 1 so far" in lines[0]
+    assert s.errors == []
+    s.end.callback(None)
+    await until(lambda: s.server.num_connections == 0)
+    assert s.server.describe()["counters"]["ends"] == {"finished": 1}
+    assert s.server._factory._told == {}
+    s.server.invariant()
+
+
+@ensureDeferred
+async def test_a_dry_run_of_another_limit_leaves_the_age_limit(scene: Any) -> None:
+    """N5: those that are named, no others; and what ends a dry run counts again."""
+    s = await scene(narrow=True, buffer_age_limit=20, dry_run=["idle_timeout"])
+    s.writer.write(b"x" * 1_000_000)
+    await s.seconds(23)
+    assert [type(e) for e in s.errors] == [BufferAgeLimitExceeded]
+
+
+@ensureDeferred
+async def test_a_dry_run_of_the_age_limit_that_ends_ends_whom_it_let_pass(
+    scene: Any,
+) -> None:
+    """N5, N6: at the next look."""
+    s = await scene(narrow=True, buffer_age_limit=20, dry_run=["buffer_age_limit"])
+    s.writer.write(b"x" * 1_000_000)
+    await s.seconds(60)
+    assert s.errors == []
+    s.server.change(dry_run=())
+    await s.seconds(1)
+    assert [type(e) for e in s.errors] == [BufferAgeLimitExceeded]
+    s.end.callback(None)
+    await until(lambda: s.server.num_connections == 0)
+    assert s.server._factory._told == {}
+
+
+@ensureDeferred
+async def test_a_dry_run_of_the_age_limit_leaves_the_flush_timeout(scene: Any) -> None:
+    """N5, H3: that is a bound of a close, which has no dry run."""
+    s = await scene(buffer_age_limit=5, flush_timeout=10, dry_run=True)
+    s.writer.write(MUCH)
+    s.end.callback(None)
+    await s.seconds(8)
+    assert s.server.num_connections == 1
+    assert s.server.describe()["counters"]["would_refuse"] == {"too_old": 1}
+    await s.seconds(20)  # The kernel may have taken bytes for a while.
+    await until(lambda: s.server.num_connections == 0)
+    assert s.server.describe()["counters"]["ends"] == {"flush_timeout": 1}
+    with pytest.raises(ValueError, match="flush_timeout"):
+        s.server.change(dry_run=["flush_timeout"])
+
+
 @ensureDeferred
 async def test_unlimited_age_is_unlimited(scene: Any) -> None:
     """S6: None."""

@@ -16,6 +16,7 @@ from twisted.internet.endpoints import (
     UNIXClientEndpoint,
     connectProtocol,
 )
+from twisted.python.failure import Failure
 
 from tcpsvc.handler import OnHandlerError, log_error
 from tcpsvc.server import Server
@@ -29,13 +30,18 @@ class _HasCleanup(Protocol):
     def addCleanup(self, function: Any, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def _log_each(address: Any, failure: Failure) -> None:
+    """As log_error itself, but each with its failure: a test may count them."""
+    log_error(address, failure)
+
+
 def serve(
     test_case: _HasCleanup,
     handler: Any,
     *,
     where: WhereToListen[Any, Any] | None = None,
     create: Callable[..., Deferred[Server[Any, Any]]] = Server.create,
-    on_handler_error: OnHandlerError = log_error,
+    on_handler_error: OnHandlerError | None = None,
     **options: Any,
 ) -> Deferred[Server[Any, Any]]:
     """
@@ -46,13 +52,15 @@ def serve(
     :param handler: what ``create`` takes.
     :param where: default: a free port of the loopback address.
     :param create: default: :meth:`tcpsvc.Server.create`.
-    :param on_handler_error: default: errors are logged, so that trial reports
-        them (``flushLoggedErrors``).
+    :param on_handler_error: default: every error is logged, so that trial reports
+        it (``flushLoggedErrors``).
     :param options: of :class:`tcpsvc.StreamOptions`.
     :returns: a Deferred that fires with the server.
     """
     where = where or WhereToListen.bind_to(LOCALHOST, 0)
-    made = create(where, handler, on_handler_error=on_handler_error, **options)
+    made = create(
+        where, handler, on_handler_error=on_handler_error or _log_each, **options
+    )
 
     def clean_up_later(server: Server[Any, Any]) -> Server[Any, Any]:
         test_case.addCleanup(shut_down, server)
@@ -98,7 +106,7 @@ async def serving(handler: Any, **options: Any) -> AsyncIterator[Server[Any, Any
     """
     where = options.pop("where", None) or WhereToListen.bind_to(LOCALHOST, 0)
     create = options.pop("create", Server.create)
-    options.setdefault("on_handler_error", log_error)
+    options.setdefault("on_handler_error", _log_each)
     server = await create(where, handler, **options)
     try:
         yield server

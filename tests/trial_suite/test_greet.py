@@ -190,9 +190,16 @@ class OnAPortTests(TestCase):
         async def broken(address: object, reader: Reader, writer: Writer) -> None:
             raise ValueError("broken")
 
-        async with serving(broken) as server, connected(server) as client:
+        async with serving(broken) as server:
+            for _ in range(2):
+                async with connected(server) as client:
+                    self.assertEqual(await client.reader.read(), b"")
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 2)
+        server = await serve(self, broken)
+        for _ in range(2):
+            client = await connect(self, server)
             self.assertEqual(await client.reader.read(), b"")
-        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 1)
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 2)
 
     async def test_protocol_factory(self) -> None:
         """create= says which kind of server."""
