@@ -157,10 +157,14 @@ class Entrance(protocol.ServerFactory):
     def _observers_changed(self) -> None:
         self.is_observed = bool(self._observers)
         self.events = (
-            Broadcast(self.counters, self._observers, self.errors)
+            Broadcast(self.counters, self._observers, self.errors, self.stop_reactor)
             if self.is_observed
             else self.counters
         )
+
+    def stop_reactor(self, error: BaseException) -> None:
+        """Somebody has raised ``SystemExit`` or ``KeyboardInterrupt``."""
+        raise NotImplementedError  # pragma: no cover
 
     def _maybe_over(self) -> None:
         """A connection is over, or nobody is let in any more."""

@@ -5,7 +5,7 @@ counters are the first observer, and while there is no other they alone are call
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from twisted.logger import LogLevel
@@ -15,6 +15,7 @@ from zope.interface.exceptions import Invalid
 from zope.interface.verify import verifyObject
 
 from tcpsvc.error_log import ErrorLog
+from tcpsvc.handler import STOPPING
 from tcpsvc.interfaces import IObserver
 from tcpsvc.reasons import Reason
 
@@ -94,12 +95,20 @@ class Broadcast:
     :param own: the server's counters, which are not guarded.
     :param others: who is told after them.
     :param errors: how their errors are logged.
+    :param stop: called with a ``SystemExit`` or ``KeyboardInterrupt`` of theirs.
     """
 
-    def __init__(self, own: Any, others: Iterable[Any], errors: ErrorLog) -> None:
+    def __init__(
+        self,
+        own: Any,
+        others: Iterable[Any],
+        errors: ErrorLog,
+        stop: Callable[[BaseException], object],
+    ) -> None:
         self._own = own
         self._others = tuple(others)
         self._errors = errors
+        self._stop = stop
 
     def __getattr__(self, event: str) -> Any:
         tell_own = getattr(self._own, event)
@@ -110,8 +119,11 @@ class Broadcast:
             for tell_other in tell_others:
                 try:
                     tell_other(*told)
-                except Exception:
+                except BaseException as error:
+                    # None of them is to take the slot of a connection with it.
                     self._failed(event)
+                    if isinstance(error, STOPPING):
+                        self._stop(error)
 
         # Found without this method from now on.
         setattr(self, event, tell)

@@ -315,3 +315,37 @@ async def test_a_factory_that_fails_to_stop_is_left_all_the_same(
     assert (before.ports, after.ports) == (0, 1)
     assert server._factory.handler is after
     assert len(logs.take(LogLevel.critical)) == 1
+
+
+@ensureDeferred
+@pytest.mark.parametrize("event", ["handler_started", "connection_finished"])
+@pytest.mark.parametrize("error", [GeneratorExit, SystemExit])
+async def test_what_no_observer_should_raise_costs_no_slot(
+    event: str,
+    error: type[BaseException],
+    serve: Any,
+    connect: Any,
+    logs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even ``SystemExit``, which stops the reactor, as a handler's does."""
+    stopped: list[BaseException] = []
+
+    def fails(self: Any, *told: Any) -> None:
+        raise error
+
+    server = await serve(
+        lambda *_: None,
+        max_connections=1,
+        observer=type("", (Observer,), {event: fails})(),
+    )
+    monkeypatch.setattr(
+        server._factory.reactor, "stop", lambda: stopped.append(error())
+    )
+    for _ in range(2):
+        client = connect(server)
+        assert await in_thread(client.read_all) == b""
+    await until(lambda: not server.num_connections)
+    server.invariant()
+    assert bool(stopped) is (error is SystemExit)
+    assert logs.take(LogLevel.critical)
