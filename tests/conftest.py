@@ -15,7 +15,6 @@ from tests.streams import hold
 from tests.support import (
     clock,
     connect,
-    load,
     logs,
     nothing_left_behind,
     serve,
@@ -27,7 +26,6 @@ __all__ = [
     "connect",
     "full",
     "hold",
-    "load",
     "logs",
     "nothing_left_behind",
     "scene",

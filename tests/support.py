@@ -26,7 +26,6 @@ from twisted.python.failure import Failure
 
 import tcpsvc
 from tcpsvc import LOCALHOST, Server, WhereToListen
-from tcpsvc.settings import ENGINES
 
 
 def the_reactor() -> Any:
@@ -207,18 +206,6 @@ def nothing_left_behind(logs: Logs) -> Iterator[None]:
     gc.collect()
     problems = left + logs.bad()
     assert not problems, "left behind:\n" + "\n".join(problems)
-
-
-@pytest.fixture
-def load(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """
-    ``load(number)``: as many clients as a test of a load is to have, with the default
-    engine and reactor; a tenth of them with others, since what many clients show,
-    that limits and shares hold, is above both.
-    """
-    options = request.config.getoption
-    is_full = (options("--engine"), options("--reactor")) == (ENGINES[0], "default")
-    return lambda number: number if is_full else number // 10
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ from pytest_twisted import ensureDeferred
 from tests.scripts import Script
 from tests.support import PATIENCE, in_thread, the_reactor
 
-pytestmark = pytest.mark.whatever("engine")
+# That limits hold for a few is shown on each engine and reactor elsewhere; that they do
+# for thousands is the server's doing, which is above both.
+pytestmark = pytest.mark.whatever("engine", "reactor")
 
 #: How many slow clients there are, if so many descriptors may be open.
 SLOW = 10_000
@@ -214,25 +216,24 @@ def how_many_slow() -> int:
     return min(SLOW, hard - OTHERS)
 
 
-#: Ways to live with slow clients: options, and the limits of each at full load.
-SLOWLORIS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "evict": (
-        {"overflow": "evict", "first_byte_timeout": 2.0},
-        {"max_connections": 2000},
-    ),
-    "timeouts": (
-        {
-            "overflow": "evict",
-            "first_byte_timeout": 2.0,
-            "min_throughput": 50.0,
-            "throughput_window": 2.0,
-        },
-        {"max_connections": 9000},
-    ),
-    "per peer": (
-        {"peer_prefixes": (16, 64)},
-        {"max_connections": 2000, "max_connections_per_peer": 500},
-    ),
+SLOWLORIS: dict[str, dict[str, Any]] = {
+    "evict": {
+        "max_connections": 2000,
+        "overflow": "evict",
+        "first_byte_timeout": 2.0,
+    },
+    "timeouts": {
+        "max_connections": 9000,
+        "overflow": "evict",
+        "first_byte_timeout": 2.0,
+        "min_throughput": 50.0,
+        "throughput_window": 2.0,
+    },
+    "per peer": {
+        "max_connections": 2000,
+        "max_connections_per_peer": 500,
+        "peer_prefixes": (16, 64),
+    },
 }
 
 
@@ -247,7 +248,7 @@ SLOWLORIS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 )
 @ensureDeferred
 async def test_ten_thousand_slow_clients(
-    way: str, says_nothing: bool, all_go: bool, load: Any
+    way: str, says_nothing: bool, all_go: bool
 ) -> None:
     """
     Slowloris: 10 000 clients, or as many as the hard limit of open files allows, that
@@ -255,12 +256,11 @@ async def test_ten_thousand_slow_clients(
     slots. While they come, when all have, and until those have gone whom a timeout has
     go, a good client is served.
     """
-    number = load(how_many_slow())
-    options, limits = SLOWLORIS[way]
-    limits = {name: load(limit) for name, limit in limits.items()}
+    number = how_many_slow()
+    options = SLOWLORIS[way]
 
     def attack() -> None:
-        with attacked({**options, **limits}, number, says_nothing=says_nothing) as (
+        with attacked(options, number, says_nothing=says_nothing) as (
             port,
             server,
             clients,
@@ -273,10 +273,10 @@ async def test_ten_thousand_slow_clients(
                 assert time.monotonic() < deadline
             report, attackers = server.ask(), clients.ask("0")
             check(f"slowloris, {way}", waited, report, attackers)
-            assert report["most"] <= limits["max_connections"]
+            assert report["most"] <= options["max_connections"]
             assert attackers["made"] == number
             if way == "per peer":
-                assert report["live"] <= limits["max_connections_per_peer"] + 1
+                assert report["live"] <= 501
                 assert report["refusals"]["peer_connections"] > 0
             else:
                 assert attackers["lost"] > 0
@@ -296,13 +296,11 @@ async def test_ten_thousand_slow_clients(
     ids=str,
 )
 @ensureDeferred
-async def test_a_flood_of_connections_from_one_prefix(
-    limits: dict[str, Any], load: Any
-) -> None:
+async def test_a_flood_of_connections_from_one_prefix(limits: dict[str, Any]) -> None:
     """Clients of 127.1.0.0/16 that come again at once when they are sent away; a good
     one of another prefix is served promptly."""
     options = {"peer_prefixes": (16, 64), "max_connections": 1000, **limits}
-    number = load(5000)
+    number = 5000
 
     def attack() -> None:
         with attacked(options, 500, comes_again=True) as (port, server, clients):
