@@ -612,7 +612,8 @@ async def test_a_closed_bare_factory_ends_held_and_new_clients(
     factory = bare(handlers, max_connections=1)
     port = the_reactor().listenTCP(0, factory, interface="127.0.0.1")
     clients = [connect(port.getHost()) for _ in range(3)]
-    await until(lambda: factory.describe()["held"] == 2)
+    # The handler starts in a turn of its own: a close before it would prevent it.
+    await until(lambda: factory.describe()["held"] == 2 and handlers.addresses)
     factory.close()
     clients.append(connect(port.getHost()))
     for client in clients[1:]:
