@@ -15,12 +15,13 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 
-from tcpsvc import Server, ServerFactory, WhereToListen
+from tcpsvc import ServerFactory
 from tcpsvc.testing import MemoryServer
-from tests.support import LOOPBACK, Client, in_thread, turn, until
-from tests.tls import client_context, make_certificate
+from tests.kinds import KINDS
+from tests.kinds import place as where_of
+from tests.support import Client, in_thread, turn, until
+from tests.tls import client_context
 
-KINDS = ("stream", "protocol", "sock")
 #: Where a kind can be, and what serves it there.
 PLACES = ("tcp", "tcp-reactor", "unix", "unix-reactor", "tls", "tls-reactor", "memory")
 
@@ -97,11 +98,7 @@ class Handlers:
         return Factory.forProtocol(Held)
 
 
-CREATE: dict[str, Any] = {
-    "stream": Server.create,
-    "protocol": Server.create_protocol,
-    "sock": Server.create_sock,
-}
+CREATE = {name: kind.create for name, kind in KINDS.items()}
 
 
 class MemoryEnd:
@@ -243,18 +240,14 @@ def scene(serve: Any, tmp_path: Any) -> Iterator[Callable[..., Any]]:
             made.factory = memory.factory
             made.client = MemoryEnd(memory.connect())
         else:
-            where: Any = LOOPBACK
-            if place == "unix":
-                where = WhereToListen.of_file(tmp_path / "s")
-            if place == "tls":
-                pem = str(make_certificate(tmp_path)).replace(":", r"\:")
-                where = WhereToListen.of_endpoint(
-                    f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-                )
             if engine:
                 options["engine"] = engine
             made.server = await serve(
-                handler, where=where, create=CREATE[kind], clock=made.clock, **options
+                handler,
+                where=where_of(place, tmp_path),
+                create=CREATE[kind],
+                clock=made.clock,
+                **options,
             )
             made.factory = made.server._factory
             made.client = (TLSEnd if place == "tls" else Client)(made.server)

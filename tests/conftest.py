@@ -8,7 +8,12 @@ import pytest
 
 from tcpsvc.settings import ENGINES, Settings
 from tests.anywhere import scene
+from tests.daemons import start
+from tests.drains import serving
+from tests.kinds import full, staying
+from tests.streams import hold
 from tests.support import (
+    clock,
     connect,
     logs,
     nothing_left_behind,
@@ -17,11 +22,17 @@ from tests.support import (
 )
 
 __all__ = [
+    "clock",
     "connect",
+    "full",
+    "hold",
     "logs",
     "nothing_left_behind",
     "scene",
     "serve",
+    "serving",
+    "start",
+    "staying",
     "what_is_there_stays",
 ]
 
@@ -48,6 +59,27 @@ def pytest_configure(config: pytest.Config) -> None:
     assert "engine" in defaults
     defaults["engine"] = config.getoption("--engine")
     init.__defaults__ = tuple(defaults.values())
+    config.addinivalue_line(
+        "markers",
+        "whatever(*options): shows the same whatever these options are: --engine is "
+        "for servers of the tests' own process that do not say theirs, and some tests "
+        "need no reactor. It runs with their defaults only.",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave out what would show the same again."""
+    defaults = {"engine": ENGINES[0], "reactor": "default"}
+    others = {name for name in defaults if config.getoption(name) != defaults[name]}
+
+    def is_new(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("whatever")
+        return mark is None or others.isdisjoint(mark.args)
+
+    config.hook.pytest_deselected(items=[i for i in items if not is_new(i)])
+    items[:] = [i for i in items if is_new(i)]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from twisted.internet import tcp
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint
@@ -18,13 +19,8 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
 from tcpsvc import LOCALHOST, Observer, Server, ServerFactory, WhereToListen
-from tests.support import the_reactor, turn
-
-
-async def settle() -> None:
-    """As many turns as anything that is due needs, and more."""
-    for _ in range(20):
-        await turn()
+from tests.support import in_thread, the_reactor, until
+from tests.tls import tls_endpoint
 
 
 class Staying:
@@ -95,6 +91,63 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def staying() -> Staying:
+    """The handlers of the test."""
+    return Staying()
+
+
+@pytest.fixture
+def full(serve: Any, connect: Any, staying: Staying) -> Any:
+    """``await full(kind=, **options)``: a server of one slot, and who has it."""
+
+    async def full(*, kind: str = "stream", **options: Any) -> tuple[Any, Any]:
+        handler, create = KINDS[kind].make(staying), KINDS[kind].create
+        server = await serve(handler, create=create, max_connections=1, **options)
+        client = connect(server)
+        await until(lambda: staying.started)
+        return server, client
+
+    return full
+
+
+async def echoes(client: Any) -> bool:
+    """Whether a client is served by who echoes."""
+    client.send(b"hello")
+    return bool(await in_thread(client.read, 5) == b"hello")
+
+
+async def is_refused(
+    serve: Any,
+    error: type[Exception],
+    name: str,
+    value: Any,
+    changes: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """
+    A wrong option is named, when a server is made, before anything is bound, and when
+    it is changed with others, of a server of these options, which changes nothing.
+    """
+    bound = socket.socket()
+    handler = Staying().stream
+    with pytest.raises(error, match=name):
+        await Server.create(
+            place("tcp", None),
+            handler,
+            on_handler_error="raise",
+            socket=bound,
+            **{name: value},
+        )
+    assert bound.fileno() == -1
+    server = await serve(handler, max_connections=3, **options)
+    before, settings = server.describe(), server._factory.settings
+    with pytest.raises(error, match=name):
+        server.change(**{"max_connections": 5, **(changes or {}), name: value})
+    assert server.describe() == before
+    assert server._factory.settings is settings
+
+
 def connect_from(server: Any, source: str, timeout: float = 10.0) -> socket.socket:
     """A client of an address of its own, of 127.0.0.0/8."""
     address = getattr(server, "listening_on_address", server)
@@ -152,12 +205,7 @@ def place(name: str, tmp_path: Any) -> Any:
     if name == "endpoint":
         return WhereToListen.of_endpoint("tcp:0:interface=127.0.0.1")
     if name == "tls":
-        from tests.tls import make_certificate
-
-        pem = make_certificate(tmp_path)
-        return WhereToListen.of_endpoint(
-            f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-        )
+        return WhereToListen.of_endpoint(tls_endpoint(tmp_path))
     if name == "ungated":
         return WhereToListen.of_endpoint(OtherEndpoint())
     return WhereToListen.bind_to(LOCALHOST, 0)

@@ -19,9 +19,10 @@ import pytest
 import pytest_twisted
 from twisted.internet import tcp
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, formatEvent, globalLogPublisher
+from twisted.python.failure import Failure
 
 import tcpsvc
 from tcpsvc import LOCALHOST, Server, WhereToListen
@@ -49,6 +50,12 @@ def turn(delay: float = 0) -> Deferred[None]:
     return deferLater(the_reactor(), delay, lambda: None)
 
 
+async def settle() -> None:
+    """As many turns as anything that is due needs, and more."""
+    for _ in range(20):
+        await turn()
+
+
 async def until(condition: Callable[[], Any], patience: float = PATIENCE) -> None:
     """Turn the reactor until a condition holds; fail when it never does."""
     deadline = the_reactor().seconds() + patience
@@ -56,6 +63,17 @@ async def until(condition: Callable[[], Any], patience: float = PATIENCE) -> Non
         assert the_reactor().seconds() < deadline, f"waited in vain for {condition}"
         # Not for luck: it only leaves the core to the client's thread.
         await turn(0.001)
+
+
+class Fired:
+    """Whether a Deferred has fired, and with what."""
+
+    def __init__(self, deferred: Deferred[Any]) -> None:
+        self.results: list[Any] = []
+        deferred.addBoth(self.results.append)
+
+    def __bool__(self) -> bool:
+        return len(self.results) == 1 and not isinstance(self.results[0], Failure)
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Deferred[Any]:
@@ -200,6 +218,12 @@ def nothing_left_behind(logs: Logs) -> Iterator[None]:
 
 
 @pytest.fixture
+def clock() -> Clock:
+    """What times the servers of the test, if it gives it to them."""
+    return Clock()
+
+
+@pytest.fixture
 def serve() -> Iterator[Callable[..., Awaitable[Server[Any, Any]]]]:
     """
     ``await serve(handler, **options)``: a server on a free port of the loopback
@@ -271,6 +295,11 @@ class Client:
     def shut(self) -> None:
         """FIN: no more from us."""
         self.socket.shutdown(socket.SHUT_WR)
+
+    def finish(self) -> bytes:
+        """FIN, and everything up to EOF."""
+        self.shut()
+        return self.read_all()
 
     def reset(self) -> None:
         """RST."""

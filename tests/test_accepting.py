@@ -6,14 +6,13 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
-import json
 import os
 import resource
 import socket
-import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,26 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
-from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.protocols.policies import TimeoutFactory
-from zope.interface import implementer
 
 import tcpsvc.settings
 import tcpsvc.sockets
 from tcpsvc import Server, ServerFactory, WhereToListen
-from tests.support import LOOPBACK, PATIENCE, in_thread, the_reactor, turn, until
-from tests.tls import client_context, make_certificate
-
-
-async def settle() -> None:
-    """As many turns as anything that is due needs, and more."""
-    for _ in range(20):
-        await turn()
+from tests.kinds import OtherEndpoint
+from tests.scripts import Script
+from tests.support import (
+    LOOPBACK,
+    PATIENCE,
+    in_thread,
+    settle,
+    the_reactor,
+    until,
+)
+from tests.tls import client_context, tls_endpoint
 
 
 class Handlers:
@@ -389,10 +389,7 @@ async def test_the_limit_is_exact_behind_tls(
     serve: Any, connect: Any, tmp_path: Path, handlers: Handlers
 ) -> None:
     """A1: a TLS endpoint's port is a tcp.Port too."""
-    pem = make_certificate(tmp_path)
-    where = WhereToListen.of_endpoint(
-        f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-    )
+    where = WhereToListen.of_endpoint(tls_endpoint(tmp_path))
     server = handlers.watch(
         await serve(handlers, where=where, max_connections=2, max_accepts_per_batch=9)
     )
@@ -412,33 +409,6 @@ async def test_the_limit_is_exact_behind_tls(
         handlers.end_oldest()
         assert await talking == b"done %d\n" % number
     assert handlers.peak == 2
-
-
-@implementer(IListeningPort)
-class OtherPort:
-    """A port that is no tcp.Port: nobody can tell it to stop accepting."""
-
-    def __init__(self, port: Any) -> None:
-        self._port = port
-
-    def startListening(self) -> None:
-        """It does already."""
-
-    def stopListening(self) -> Any:
-        return self._port.stopListening()
-
-    def getHost(self) -> Any:
-        return self._port.getHost()
-
-
-@implementer(IStreamServerEndpoint)
-class OtherEndpoint:
-    def listen(self, factory: Any) -> Deferred[Any]:
-        listening = TCP4ServerEndpoint(the_reactor(), 0, interface="127.0.0.1").listen(
-            factory
-        )
-        result: Deferred[Any] = listening.addCallback(OtherPort)
-        return result
 
 
 @ensureDeferred
@@ -575,10 +545,9 @@ async def test_a_wrapped_bare_factory_holds_its_surplus(
         wrapped = TimeoutFactory(factory, None)
         port = the_reactor().listenTCP(0, wrapped, interface="127.0.0.1")
     else:
-        pem = make_certificate(tmp_path)
-        port = await serverFromString(
-            the_reactor(), f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-        ).listen(factory)
+        port = await serverFromString(the_reactor(), tls_endpoint(tmp_path)).listen(
+            factory
+        )
     clients = [connect(port.getHost()) for _ in range(3)]
 
     def talk(client: Any, number: int) -> bytes:
@@ -643,7 +612,8 @@ async def test_a_closed_bare_factory_ends_held_and_new_clients(
     factory = bare(handlers, max_connections=1)
     port = the_reactor().listenTCP(0, factory, interface="127.0.0.1")
     clients = [connect(port.getHost()) for _ in range(3)]
-    await until(lambda: factory.describe()["held"] == 2)
+    # The handler starts in a turn of its own: a close before it would prevent it.
+    await until(lambda: factory.describe()["held"] == 2 and handlers.addresses)
     factory.close()
     clients.append(connect(port.getHost()))
     for client in clients[1:]:
@@ -942,10 +912,7 @@ async def test_keepalive_is_set_by_request(
         transport = writer.transport
         look(getattr(transport, "transport", transport).socket)
 
-    pem = make_certificate(tmp_path)
-    tls = WhereToListen.of_endpoint(
-        f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-    )
+    tls = WhereToListen.of_endpoint(tls_endpoint(tmp_path))
     for create, handler, where in [
         (Server.create, stream, LOOPBACK),
         (Server.create, stream, WhereToListen.bind_to("::", 0, dual_stack=True)),
@@ -1208,58 +1175,21 @@ reactor.run()
 """
 
 
-class Child:
+def starved(batch: int) -> Script:
     """The process that is short of descriptors."""
-
-    def __init__(self, batch: int) -> None:
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                EXHAUSTED,
-                type(the_reactor()).__name__,
-                str(batch),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-
-    def told(self) -> dict[str, Any]:
-        assert self._process.stdout
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return found
-
-    def ask(self, command: str = "report") -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        return self.told()
-
-    def end(self) -> int:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        try:
-            return self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise
-        finally:
-            self._process.stdout.close()
+    return Script(EXHAUSTED, type(the_reactor()).__name__, batch)
 
 
 def exhaust(batch: int) -> None:
     """Bring a child out of descriptors, and see what its clients see."""
-    child = Child(batch)
-    clients: list[socket.socket] = []
-    try:
+    with ExitStack() as stack:
+        child = stack.enter_context(starved(batch))
         port = child.told()["port"]
+        clients: list[socket.socket] = []
         for number in range(60):
             client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            clients.append(stack.enter_context(client))
             client.sendall(b"%d\n" % number)
-            clients.append(client)
 
         def answered(number: int) -> None:
             expected = b"%d\n" % number
@@ -1278,11 +1208,9 @@ def exhaust(batch: int) -> None:
         assert report["live"] == served
         assert len(report["errors"]) == 1, report
         clients[served].setblocking(False)
-        try:
-            clients[served].recv(1)
-            raise AssertionError("served, or closed, without a descriptor")
-        except BlockingIOError:
-            clients[served].settimeout(PATIENCE)
+        with pytest.raises(BlockingIOError):
+            clients[served].recv(1)  # Neither served nor closed.
+        clients[served].settimeout(PATIENCE)
         # Existing connections go on.
         for number in range(served):
             clients[number].sendall(b"%d\n" % number)
@@ -1295,17 +1223,9 @@ def exhaust(batch: int) -> None:
         last = child.ask("close")
         assert last["delayed"] == 0
         assert child.end() == 0
-    finally:
-        for client in clients:
-            client.close()
-        if child._process.poll() is None:
-            child._process.kill()
-            child._process.wait()
-        for pipe in (child._process.stdin, child._process.stdout):
-            if pipe:
-                pipe.close()
 
 
+@pytest.mark.whatever("engine")
 @ensureDeferred
 @pytest.mark.parametrize("batch", [1, 100])
 async def test_a_process_out_of_descriptors_loses_nobody(batch: int) -> None:
@@ -1313,19 +1233,18 @@ async def test_a_process_out_of_descriptors_loses_nobody(batch: int) -> None:
     await in_thread(exhaust, batch)
 
 
+@pytest.mark.whatever("engine")
 @ensureDeferred
 async def test_a_process_out_of_descriptors_does_not_spin() -> None:
     """A6: while clients wait in vain, tries come every 50 ms, not every turn."""
 
     def measure() -> None:
-        child = Child(1)
-        clients = []
-        try:
+        with ExitStack() as stack:
+            child = stack.enter_context(starved(1))
             port = child.told()["port"]
-            clients = [
-                socket.create_connection(("127.0.0.1", port), PATIENCE)
-                for _ in range(40)
-            ]
+            for _ in range(40):
+                client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                stack.enter_context(client)
             while not (first := child.ask())["accept_errors"]:
                 pass
             asked = 0
@@ -1333,13 +1252,5 @@ async def test_a_process_out_of_descriptors_does_not_spin() -> None:
                 asked += 1
             # A server that spins tries in every turn, and each question is one.
             assert asked > 8 * 5, (asked, first, last)
-        finally:
-            for client in clients:
-                client.close()
-            child._process.kill()
-            child._process.wait()
-            for pipe in (child._process.stdin, child._process.stdout):
-                assert pipe
-                pipe.close()
 
     await in_thread(measure)

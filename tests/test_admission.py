@@ -23,7 +23,6 @@ from tcpsvc import (
     Rate,
     Reason,
     Reply,
-    Server,
     ServerFactory,
     WhereToListen,
 )
@@ -34,11 +33,12 @@ from tests.kinds import (
     Seen,
     Staying,
     connect_from,
+    echoes,
     end_of,
+    is_refused,
     place,
-    settle,
 )
-from tests.support import PATIENCE, in_thread, the_reactor, until
+from tests.support import PATIENCE, in_thread, settle, the_reactor, until
 
 BUSY = Reply(b"too many\n")
 LIMITS = {
@@ -67,12 +67,6 @@ def counters(server: Any) -> Any:
 def peers(server: Any) -> Any:
     """How many connections each peer has."""
     return server.describe()["peers"].get("most_connections", {})
-
-
-@pytest.fixture
-def staying() -> Staying:
-    """The handlers of the test."""
-    return Staying()
 
 
 def v4(host: str, port: int = 4000) -> IPv4Address:
@@ -667,8 +661,7 @@ async def test_dropped_and_refused_clients_use_up_no_rate(
     await settle()
     assert len(staying.started) == 2
     clock.advance(60)
-    late.send(b"hello")
-    assert await in_thread(late.read, 5) == b"hello"
+    assert await echoes(late)
 
 
 def test_a_port_that_cannot_be_gated_holds_clients_for_the_rate(
@@ -799,8 +792,7 @@ async def test_a_limit_per_peer_can_be_given_while_it_has_connections(
     clients.append(connect(server))
     await until(lambda: len(staying.started) == 3 + allowed)
     for client in clients:
-        client.send(b"x")
-        assert await in_thread(client.read, 1) == b"x"
+        assert await echoes(client)
     server.invariant()
 
 
@@ -876,8 +868,7 @@ async def test_networks_can_be_changed(
     server.change(allow=None)
     second = connect(server)
     for client in (first, second):
-        client.send(b"x")
-        assert await in_thread(client.read, 1) == b"x"
+        assert await echoes(client)
     assert counters(server)["refusals"] == {"denied": 3}
 
 
@@ -949,28 +940,12 @@ WRONG: list[tuple[str, Any, type[Exception]]] = [
 @pytest.mark.parametrize(("name", "value", "error"), WRONG)
 @ensureDeferred
 async def test_a_wrong_value_is_named(
-    name: str, value: Any, error: type[Exception], serve: Any, staying: Staying
+    name: str, value: Any, error: type[Exception], serve: Any
 ) -> None:
     """Before anything is bound; and a change of which one is wrong changes nothing."""
-    bound = socket.socket()
-    with pytest.raises(error, match=name):
-        await Server.create(
-            place("tcp", None),
-            staying.stream,
-            on_handler_error="raise",
-            socket=bound,
-            **{name: value},
-        )
-    assert bound.fileno() == -1
-    server = await serve(
-        staying.stream, max_connections=3, deny=["10.0.0.0/8"], accept_rate="5/s"
-    )
-    before = server.describe()
-    settings = server._factory.settings
-    with pytest.raises(error, match=name):
-        server.change(**{"max_connections": 5, "accept_rate": "1/s", name: value})
-    assert server.describe() == before
-    assert server._factory.settings is settings
+    options = {"deny": ["10.0.0.0/8"], "accept_rate": "5/s"}
+    changes = {"accept_rate": "1/s"}
+    await is_refused(serve, error, name, value, changes, **options)
 
 
 @pytest.mark.parametrize(
@@ -1106,8 +1081,7 @@ async def test_a_dry_run_of_slots_that_ends_closes_nobody(
         assert server.num_connections == expected
         server.invariant()
     clients.pop().close()
-    waiting.send(b"x")
-    assert await in_thread(waiting.read, 1) == b"x"
+    assert await echoes(waiting)
     assert len(staying.started) == 4
 
 
@@ -1175,15 +1149,11 @@ def test_a_client_is_counted_once_as_denied_in_a_dry_run(staying: Staying) -> No
 
 @ensureDeferred
 async def test_an_observer_sees_each_event_in_order(
-    serve: Any, connect: Any, staying: Staying
+    full: Any, connect: Any, staying: Staying
 ) -> None:
     """Of a connection, of a full server, of a refusal."""
     seen = Seen()
-    server = await serve(
-        staying.stream, max_connections=1, overflow="drop", observer=seen
-    )
-    client = connect(server)
-    await until(lambda: staying.started)
+    server, client = await full(overflow="drop", observer=seen)
     await in_thread(end_of, connect(server))
     client.shut()
     await until(lambda: not server.num_connections)

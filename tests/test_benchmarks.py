@@ -14,6 +14,8 @@ import pytest
 
 from benchmarks import machine
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 ROOT = Path(__file__).parent.parent
 
 #: Seconds; only a failing test waits so long.

@@ -27,11 +27,11 @@ from tests.support import (
     LOOPBACK,
     in_thread,
     open_descriptors,
+    settle,
     the_reactor,
-    turn,
     until,
 )
-from tests.tls import client_context, make_certificate
+from tests.tls import client_context, tls_endpoint
 
 
 async def echo(address: Any, reader: Any, writer: Any) -> None:
@@ -55,12 +55,6 @@ def ended(client: Any) -> bytes:
     except ConnectionResetError:
         pass
     return got
-
-
-async def settle() -> None:
-    """As many turns as anything that is due needs, and more."""
-    for _ in range(20):
-        await turn()
 
 
 def queued_before(connect: Any, number: int) -> tuple[Any, list[Any]]:
@@ -465,16 +459,13 @@ async def test_every_kind_of_connection_is_closed(
     async def with_sock(address: Any, client: socket.socket) -> None:
         await stuck(address, None, None)
 
-    pem = make_certificate(tmp_path)
     create, handler, where = {
         "sock": (Server.create_sock, with_sock, LOOPBACK),
         "protocol": (Server.create_protocol, Factory.forProtocol(Hold), LOOPBACK),
         "tls": (
             Server.create,
             stuck,
-            WhereToListen.of_endpoint(
-                f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-            ),
+            WhereToListen.of_endpoint(tls_endpoint(tmp_path)),
         ),
         "unix": (Server.create, stuck, WhereToListen.of_file(tmp_path / "s")),
     }[kind]

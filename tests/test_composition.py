@@ -24,12 +24,13 @@ from tcpsvc import Server, ServerFactory, TcpService
 from tests.support import (
     LOOPBACK,
     Client,
+    Fired,
     in_thread,
+    settle,
     the_reactor,
     turn,
     until,
 )
-from tests.test_drain import Fired
 
 
 class Page(Resource):
@@ -57,12 +58,6 @@ class Page(Resource):
 def page() -> Page:
     """What the site serves."""
     return Page()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """What times the service."""
-    return Clock()
 
 
 @pytest.fixture
@@ -159,7 +154,7 @@ async def test_a_site_is_limited_as_any_handler(
     first, second = (Browser(server.listening_on_address) for _ in range(2))
     assert (await in_thread(first.ask, "/"))[0] == 200
     answer = in_thread(second.ask, "/second")
-    await turn(0.01)
+    await settle()
     assert server.num_connections == 1
     assert not answer.called
     first.close()

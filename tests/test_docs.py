@@ -24,7 +24,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,11 @@ import pytest
 
 import tcpsvc
 from tcpsvc import tap
+from tests.daemons import wait_for_end
 from tests.support import the_reactor
 from tests.tls import client_context, make_certificate
+
+pytestmark = pytest.mark.whatever("engine")
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -171,6 +173,12 @@ class Process:
             assert line is not None, f"{self.command}: no {pattern!r} in {self.lines}"
             return line
 
+    def wait_for_more(self, than: int) -> None:
+        """More lines than so many."""
+        with self._news:
+            more = self._news.wait_for(lambda: len(self.lines) > than, PATIENCE)
+            assert more, f"{self.command}: no more than {self.lines}"
+
     def signal(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -233,16 +241,13 @@ class Shell:
 
     def connect(self, shown: str | int) -> socket.socket:
         """A client of the server on a port; several ports may open one by one."""
-        deadline = time.monotonic() + PATIENCE
+        port = self.port(shown)
         while True:
+            said = [len(process.lines) for process, _ in self.servers]
             try:
-                return socket.create_connection(
-                    ("127.0.0.1", self.port(shown)), PATIENCE
-                )
+                return socket.create_connection(("127.0.0.1", port), PATIENCE)
             except ConnectionRefusedError:
-                if time.monotonic() > deadline:
-                    raise
-                select.select([], [], [], 0.01)
+                self.servers[-1][0].wait_for_more(said[-1])
 
     def nc(self, shown: str, lines: list[str]) -> None:
         """Play a session with ``nc``: type what is typed, see what is shown."""
@@ -326,10 +331,13 @@ class Shell:
 
     def until_daemons_are_gone(self) -> None:
         """A daemon's pid file goes with it."""
-        deadline = time.monotonic() + PATIENCE
-        while left := list(self.directory.glob("*.pid")):
-            assert time.monotonic() < deadline, left
-            select.select([], [], [], 0.01)
+        for path in self.directory.glob("*.pid"):
+            try:
+                pid = int(path.read_text())
+            except FileNotFoundError:
+                continue
+            wait_for_end(pid)
+            assert not path.exists()
 
 
 @pytest.fixture

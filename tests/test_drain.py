@@ -5,8 +5,6 @@ section 6; spec G1, G2, G5).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -15,69 +13,31 @@ from pytest_twisted import ensureDeferred
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, formatEvent
-from twisted.python.failure import Failure
 
 from tcpsvc import DrainReport, Observer, Reason
 from tcpsvc.drain_lines import REPORT_INTERVAL
 from tcpsvc.drain_options import GRACE
 from tcpsvc.stream_connection import StreamConnection
-from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
-
-
-class Fired:
-    """Whether a Deferred has fired, and with what."""
-
-    def __init__(self, deferred: Deferred[Any]) -> None:
-        self.results: list[Any] = []
-        deferred.addBoth(self.results.append)
-
-    def __bool__(self) -> bool:
-        return len(self.results) == 1 and not isinstance(self.results[0], Failure)
-
-
-async def until_over(fired: Any, clock: Clock) -> None:
-    """Wait for the end of a drain, and that it has left no timer."""
-    await until(lambda: fired)
-    assert clock.getDelayedCalls() == []
-
-
-async def reads(address: Any, reader: Any, writer: Any) -> None:
-    """Goes on until its client has left or was closed."""
-    await reader.drain_to_eof()
-
-
-async def floods(address: Any, reader: Any, writer: Any) -> None:
-    """Writes more than the kernel takes, and ends only when cancelled."""
-    writer.write(b"x" * 20_000_000)
-    await Deferred()
-
-
-async def deaf(address: Any, reader: Any, writer: Any) -> None:
-    """Does not see that its connection was closed, but heeds a cancellation."""
-    await Deferred()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """What times the server and its drain."""
-    return Clock()
-
-
-def remaining(logs: Logs) -> list[int]:
-    """What the lines say, one after the other."""
-    found = [re.search(r"draining, (\d+) connections", t) for t in logs.texts()]
-    return [int(m.group(1)) for m in found if m]
-
-
-async def serving(
-    serve: Callable[..., Any], connect: Any, handler: Any, clock: Clock, n: int
-) -> tuple[Any, list[Any]]:
-    """A server with so many clients, whose handlers run."""
-    server = await serve(handler, clock=clock)
-    clients = [connect(server) for _ in range(n)]
-    await until(lambda: server.num_connections == n)
-    await turn()
-    return server, clients
+from tests.drains import (
+    Release,
+    deaf,
+    floods,
+    reads,
+    remaining,
+    report_of,
+    stubborn_and_its_release,
+    until_over,
+)
+from tests.support import (
+    LOOPBACK,
+    Fired,
+    Logs,
+    in_thread,
+    settle,
+    the_reactor,
+    turn,
+    until,
+)
 
 
 @ensureDeferred
@@ -111,10 +71,10 @@ async def test_a_closed_server_that_has_ended_is_drained_at_once(
 
 @ensureDeferred
 async def test_once_a_second_a_line_says_how_many_remain(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """Exactly once, at once and then each second; nobody is closed by it."""
-    server, clients = await serving(serve, connect, reads, clock, 3)
+    server, clients = await serving(reads, 3)
     over = Fired(server.drain(timeout=30.0))
     assert remaining(logs) == [3]
     clock.advance(REPORT_INTERVAL / 2)
@@ -133,14 +93,12 @@ async def test_once_a_second_a_line_says_how_many_remain(
     assert {e["log_level"] for e in logs.events if "remaining" in e} == {LogLevel.info}
     for client in clients[1:]:
         client.close()
-    await until_over(over, clock)
+    await report_of(over, clock)
     assert len(remaining(logs)) == 7
 
 
 @ensureDeferred
-async def test_a_handler_finishes_what_it_does(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_handler_finishes_what_it_does(serving: Any, clock: Clock) -> None:
     """Its client reads it all, and the drain ends with it."""
     go: Deferred[None] = Deferred()
 
@@ -148,21 +106,20 @@ async def test_a_handler_finishes_what_it_does(
         await go
         writer.write(b"x" * 1_000_000)
 
-    server, (client,) = await serving(serve, connect, answers, clock, 1)
+    server, (client,) = await serving(answers)
     over = Fired(server.drain(timeout=30.0))
     clock.advance(29.0)
     go.callback(None)
     assert await in_thread(client.read_all) == b"x" * 1_000_000
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
 
 
 @ensureDeferred
 async def test_when_the_time_is_up_what_is_left_is_closed(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """On the dot, also when the timeout is no whole number of seconds."""
-    server, clients = await serving(serve, connect, reads, clock, 2)
+    server, clients = await serving(reads, 2)
     over = Fired(server.drain(timeout=2.5))
     clock.advance(1.0)
     clock.advance(1.0)
@@ -180,10 +137,10 @@ async def test_when_the_time_is_up_what_is_left_is_closed(
 
 @ensureDeferred
 async def test_a_timeout_of_nothing_closes_at_once(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """--drain-timeout 0."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     over = Fired(server.drain(timeout=0))
     assert not over
     assert await in_thread(client.read_all) == b""
@@ -193,17 +150,16 @@ async def test_a_timeout_of_nothing_closes_at_once(
 
 @ensureDeferred
 async def test_without_a_timeout_it_waits_for_ever(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """``drain_timeout=None``."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     over = Fired(server.drain(timeout=None))
     clock.pump([REPORT_INTERVAL] * 1000)
     assert remaining(logs) == [1] * 1001
     assert "of any" in [t for t in logs.texts() if "draining" in t][-1]
     assert not over
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
 
 
 @ensureDeferred
@@ -239,7 +195,7 @@ async def test_a_handler_that_outlives_its_connection_is_cancelled(
 
 @ensureDeferred
 async def test_a_handler_that_does_not_end_is_given_up(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """With a line that says how many; the drain is over without them."""
     release: Deferred[None] = Deferred()
@@ -255,7 +211,7 @@ async def test_a_handler_that_does_not_end_is_given_up(
                 cancels.append(None)
 
     waiters: list[Deferred[None]] = []
-    server, _ = await serving(serve, connect, stubborn, clock, 2)
+    server, _ = await serving(stubborn, 2)
     over = Fired(server.drain(timeout=0.0))
     clock.advance(GRACE)
     assert len(cancels) == 2
@@ -274,10 +230,10 @@ async def test_a_handler_that_does_not_end_is_given_up(
 
 @ensureDeferred
 async def test_force_closes_and_cancels_at_once(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """The second signal: no grace before the cancellation; twice is once."""
-    server, clients = await serving(serve, connect, deaf, clock, 2)
+    server, clients = await serving(deaf, 2)
     over = Fired(server.drain(timeout=30.0))
     clock.advance(1.0)
     server.force_drain()
@@ -291,10 +247,10 @@ async def test_force_closes_and_cancels_at_once(
 
 @ensureDeferred
 async def test_force_ends_the_grace_of_a_timeout(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """After the time was up, a signal still cancels at once."""
-    server, _ = await serving(serve, connect, deaf, clock, 1)
+    server, _ = await serving(deaf)
     over = Fired(server.drain(timeout=1.0))
     clock.advance(1.0)
     assert not over
@@ -306,7 +262,7 @@ async def test_force_ends_the_grace_of_a_timeout(
 
 @ensureDeferred
 async def test_force_does_not_put_off_the_giving_up(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """Signal after signal, the end comes one grace after the cancellation."""
     waiting: Deferred[None] = Deferred()
@@ -318,7 +274,7 @@ async def test_force_does_not_put_off_the_giving_up(
             except CancelledError:
                 pass
 
-    server, _ = await serving(serve, connect, stubborn, clock, 1)
+    server, _ = await serving(stubborn)
     over = Fired(server.drain(timeout=30.0))
     server.force_drain()
     clock.advance(0)
@@ -334,17 +290,16 @@ async def test_force_does_not_put_off_the_giving_up(
 
 @ensureDeferred
 async def test_each_who_waits_has_a_deferred_of_their_own(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Cancelling one, or its callbacks, change nothing for the next."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     first, second, third = (server.drain(timeout=30.0) for _ in range(3))
     first.addErrback(lambda _: None)
     first.cancel()
     second.addCallback(lambda _: "changed")
     over = Fired(third)
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
     assert Fired(server.drain())
 
 
@@ -382,8 +337,7 @@ async def test_while_it_is_announced_it_still_accepts(
     assert server.is_closed
     assert await in_thread(client.read_all) == b"bye"
     assert told == [False, True]
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
     assert server.is_draining is True
     assert over.results == [DrainReport(finished=1)]
 
@@ -396,11 +350,10 @@ async def test_an_idle_server_is_drained_when_the_announcement_is_over(
     server = await serve(reads, clock=clock)
     over = Fired(server.drain(announce=3.0, timeout=None, spread=9.0))
     clock.advance(2.999)
-    await turn(0.01)
+    await settle()
     assert not over
     clock.advance(0.001)
-    await until_over(over, clock)
-    assert over.results == [DrainReport()]
+    assert await report_of(over, clock) == DrainReport()
     assert "drained in 3.0 s: no connections" in logs.texts()[-1]
 
 
@@ -431,9 +384,7 @@ async def test_who_closes_the_server_ends_its_announcement(
     await until(lambda: server._factory.is_draining)
     if how == "close":
         assert [w.called for w in waiting] == [True, True]
-    for client in clients:
-        client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, *clients)
     # What had ended by then was there before the server accepted nobody, or after.
     assert over.results[0].given_up == over.results[0].cancelled == 0
 
@@ -459,10 +410,10 @@ async def test_dropping_goes_on_while_it_is_announced(
 
 @ensureDeferred
 async def test_a_server_on_hold_is_announced(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, connect: Any, clock: Clock, logs: Logs
 ) -> None:
     """G1, Z2: its port is open, and who waits is served if it is resumed in time."""
-    server, clients = await serving(serve, connect, reads, clock, 1)
+    server, clients = await serving(reads)
     server.pause("hold")
     over = Fired(server.drain(announce=2.0, timeout=30.0))
     assert "about to drain, paused for another 2 s" in logs.texts()[-1]
@@ -485,11 +436,11 @@ async def test_a_server_on_hold_is_announced(
 
 @ensureDeferred
 async def test_a_server_that_refuses_is_not_announced(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """G1, Z3: clients are refused already, so it goes on to its handlers at once."""
     log: list[Any] = []
-    server, clients = await serving(serve, connect, reads, clock, 1)
+    server, clients = await serving(reads)
     server.add_observer(Watcher(log))
     [told] = [server.connection(c.id).when_draining() for c in server.connections]
     await server.pause("refuse")
@@ -508,11 +459,11 @@ async def test_a_server_that_refuses_is_not_announced(
 @pytest.mark.parametrize("before", [None, "hold"])
 @ensureDeferred
 async def test_a_pause_that_refuses_ends_the_announcement(
-    serve: Any, connect: Any, clock: Clock, before: Any
+    serving: Any, clock: Clock, before: Any
 ) -> None:
     """G2: as a close does; the pause has happened all the same."""
     log: list[Any] = []
-    server, clients = await serving(serve, connect, reads, clock, 1)
+    server, clients = await serving(reads)
     server.add_observer(Watcher(log))
     over = Fired(server.drain(announce=60.0, timeout=30.0))
     clock.advance(1.0)
@@ -541,10 +492,7 @@ async def test_several_listeners_are_one_drain(
     clients = [connect(address) for address in addresses]
     await until(lambda: server.num_connections == 2)
     over = Fired(server.drain(timeout=30.0))
-    for client in clients:
-        client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(finished=2)]
+    assert await report_of(over, clock, *clients) == DrainReport(finished=2)
     said = logs.texts()[-1]
     assert all(f"127.0.0.1:{address.port}" in said for address in addresses)
 
@@ -584,10 +532,10 @@ async def test_bad_values_are_refused_before_anything_happens(
 
 @ensureDeferred
 async def test_what_would_never_end_is_refused_but_for_the_timeout(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """None, and infinity, are any time to finish."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     for name in ("announce", "spread", "grace"):
         with pytest.raises(ValueError, match=f"{name}=inf"):
             server.drain(**{name: float("inf")})
@@ -598,8 +546,7 @@ async def test_what_would_never_end_is_refused_but_for_the_timeout(
     assert not server.is_draining
     over = Fired(server.drain(timeout=float("inf")))
     assert "of any" in logs.texts()[-1]
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
 
 
 # Called again.
@@ -626,10 +573,10 @@ async def test_a_further_call_shortens_the_announcement(
 
 @ensureDeferred
 async def test_a_further_call_shortens_the_timeout(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """From now on; what would end later than before changes nothing."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     over = Fired(server.drain(timeout=None))
     clock.advance(100.0)
     server.drain(timeout=10.0)
@@ -641,16 +588,15 @@ async def test_a_further_call_shortens_the_timeout(
     assert not server._factory.connections[0].is_socket_closed
     clock.advance(0.001)
     assert await in_thread(client.read_all) == b""
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=1, longest_wait=110.0)]
+    assert await report_of(over, clock) == DrainReport(closed=1, longest_wait=110.0)
 
 
 @ensureDeferred
 async def test_a_further_call_shortens_what_is_still_to_come(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Each phase by itself; what is not named stays as it was."""
-    server, _ = await serving(serve, connect, deaf, clock, 2)
+    server, _ = await serving(deaf, 2)
     over = Fired(server.drain(announce=1.0, timeout=20.0, spread=20.0, grace=20.0))
     server.drain(timeout=2.0)
     server.drain(spread=4.0, grace=8.0)
@@ -668,17 +614,16 @@ async def test_a_further_call_shortens_what_is_still_to_come(
     await turn()
     assert not over
     clock.advance(0.001)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(cancelled=2, longest_wait=14.0)]
+    assert await report_of(over, clock) == DrainReport(cancelled=2, longest_wait=14.0)
 
 
 @ensureDeferred
 async def test_a_further_call_shortens_the_graces(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """The one before the cancellation, and the one after it."""
     handler, release = stubborn_and_its_release()
-    server, _ = await serving(serve, connect, handler, clock, 1)
+    server, _ = await serving(handler)
     over = Fired(server.drain(timeout=0, grace=10.0))
     clock.advance(1.0)
     assert release.cancels == 0
@@ -693,18 +638,15 @@ async def test_a_further_call_shortens_the_graces(
     clock.advance(1.999)
     assert not over
     clock.advance(0.001)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(given_up=1, longest_wait=8.0)]
+    assert await report_of(over, clock) == DrainReport(given_up=1, longest_wait=8.0)
     logs.take(LogLevel.error)
     release()
 
 
 @ensureDeferred
-async def test_a_shorter_spread_is_spread_anew(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_shorter_spread_is_spread_anew(serving: Any, clock: Clock) -> None:
     """What is left, evenly over what is left of the time."""
-    server, _ = await serving(serve, connect, reads, clock, 6)
+    server, _ = await serving(reads, 6)
     over = Fired(server.drain(timeout=0, spread=60.0))
     clock.advance(20.0)
     assert len(server._factory.connections) == 4
@@ -714,16 +656,13 @@ async def test_a_shorter_spread_is_spread_anew(
         assert len(server._factory.connections) == left + 1
         clock.advance(0.001)
         assert len(server._factory.connections) == left
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=6, longest_wait=28.0)]
+    assert await report_of(over, clock) == DrainReport(closed=6, longest_wait=28.0)
 
 
 @ensureDeferred
-async def test_no_time_at_all_goes_on_at_once(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_no_time_at_all_goes_on_at_once(serving: Any, clock: Clock) -> None:
     """``drain(timeout=0)`` in the midst of a patient one."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     over = Fired(server.drain(announce=10.0, timeout=None, spread=5.0))
     server.drain(announce=0, timeout=0, spread=0)
     assert await in_thread(client.read_all) == b""
@@ -735,10 +674,10 @@ async def test_no_time_at_all_goes_on_at_once(
 
 @ensureDeferred
 async def test_the_closes_are_spread_evenly(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """One by one over the whole window, the last at its end; lines go on."""
-    server, _ = await serving(serve, connect, reads, clock, 10)
+    server, _ = await serving(reads, 10)
     over = Fired(server.drain(timeout=1.0, spread=10.0))
     clock.advance(1.0)
     left = []
@@ -746,26 +685,26 @@ async def test_the_closes_are_spread_evenly(
         left.append(len(server._factory.connections))
         clock.advance(0.5)
     assert left == [10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1]
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=10, longest_wait=11.0)]
+    assert await report_of(over, clock) == DrainReport(closed=10, longest_wait=11.0)
     assert "closing 10 connections that remain, over 10 s" in "".join(logs.texts())
     assert len(remaining(logs)) == 10  # At 0 s, and from 2 s to 10 s.
 
 
 @ensureDeferred
 async def test_who_leaves_meanwhile_makes_room_for_the_others(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """The window stays the same, its steps grow."""
-    server, clients = await serving(serve, connect, reads, clock, 8)
+    server, clients = await serving(reads, 8)
     over = Fired(server.drain(timeout=0, spread=8.0))
     clock.advance(2.0)
     assert len(server._factory.connections) == 6
     for client in clients:
         client.close()
     await until(lambda: not server._factory.connections)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=2, finished=6, longest_wait=2.0)]
+    assert await report_of(over, clock) == DrainReport(
+        closed=2, finished=6, longest_wait=2.0
+    )
 
 
 @ensureDeferred
@@ -785,71 +724,35 @@ async def test_many_closes_come_several_at_a_time(
         for _ in range(9 if tenth == 1 else 10):
             clock.advance(0.01)
         assert abs(len(server._factory.connections) - (100 - 20 * tenth)) <= 4
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=100, longest_wait=pytest.approx(0.5))]
+    assert await report_of(over, clock) == DrainReport(
+        closed=100, longest_wait=pytest.approx(0.5)
+    )
 
 
 @ensureDeferred
 async def test_with_handlers_alone_there_is_nothing_to_spread(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Their clients are gone: they are cancelled a grace later."""
-    server, (client,) = await serving(serve, connect, deaf, clock, 1)
+    server, (client,) = await serving(deaf)
     client.reset()
     await until(lambda: server._factory.connections[0].is_socket_closed)
     over = Fired(server.drain(timeout=0, spread=60.0))
     clock.advance(GRACE)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(cancelled=1, longest_wait=GRACE)]
+    assert await report_of(over, clock) == DrainReport(cancelled=1, longest_wait=GRACE)
 
 
 # The end.
 
 
-class Release:
-    """Ends handlers that heed no cancellation."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Deferred[None]] = []
-        self.cancels = 0
-        self.is_over = False
-
-    async def wait(self) -> None:
-        while not self.is_over:
-            self.waiting.append(Deferred())
-            try:
-                await self.waiting[-1]
-            except CancelledError:
-                self.cancels += 1
-
-    def __call__(self) -> None:
-        self.is_over = True
-        for waiting in self.waiting:
-            if not waiting.called:
-                waiting.callback(None)
-
-
-def stubborn_and_its_release() -> tuple[Any, Release]:
-    """A handler that swallows cancellations, and what ends it."""
-    release = Release()
-
-    async def handler(address: Any, reader: Any, writer: Any) -> None:
-        await release.wait()
-
-    return handler, release
-
-
 @ensureDeferred
-async def test_who_is_given_up_is_named(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
-) -> None:
+async def test_who_is_given_up_is_named(serving: Any, clock: Clock, logs: Logs) -> None:
     """By the peer; of many the first ten. Their later end harms nobody."""
     handler, release = stubborn_and_its_release()
-    server, clients = await serving(serve, connect, handler, clock, 12)
+    server, clients = await serving(handler, 12)
     over = Fired(server.drain(timeout=0, grace=2.0))
     clock.pump([2.0, 2.0])
-    await until_over(over, clock)
-    assert over.results == [DrainReport(given_up=12, longest_wait=4.0)]
+    assert await report_of(over, clock) == DrainReport(given_up=12, longest_wait=4.0)
     (line,) = [formatEvent(e) for e in logs.take(LogLevel.error)]
     named = [c for c in clients if f":{c.socket.getsockname()[1]}" in line]
     assert len(named) == 10
@@ -863,11 +766,11 @@ async def test_who_is_given_up_is_named(
 
 @ensureDeferred
 async def test_a_socket_that_does_not_close_is_reset(
-    serve: Any, connect: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    serving: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One grace after the cancellation."""
     monkeypatch.setattr(StreamConnection, "close_now", lambda self: None)
-    server, (client,) = await serving(serve, connect, floods, clock, 1)
+    server, (client,) = await serving(floods)
     over = Fired(server.drain(timeout=0, grace=2.0))
     clock.advance(2.0)  # The handler is cancelled; a flush that does not end follows.
     (connection,) = server._factory.connections
@@ -878,33 +781,29 @@ async def test_a_socket_that_does_not_close_is_reset(
     clock.advance(0.001)
     with pytest.raises(ConnectionResetError):
         await in_thread(client.read_all)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(aborted=1, longest_wait=4.0)]
+    assert await report_of(over, clock) == DrainReport(aborted=1, longest_wait=4.0)
 
 
 @ensureDeferred
-async def test_no_grace_is_no_grace(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
-) -> None:
+async def test_no_grace_is_no_grace(serving: Any, clock: Clock, logs: Logs) -> None:
     """Closed, cancelled and given up at once; the port is waited for all the same."""
     handler, release = stubborn_and_its_release()
-    server, _ = await serving(serve, connect, handler, clock, 1)
+    server, _ = await serving(handler)
     over = Fired(server.drain(timeout=0, grace=0))
     assert over.results == [DrainReport(given_up=1)]
     logs.take(LogLevel.error)
     release()
-    server, _ = await serving(serve, connect, deaf, clock, 1)
+    server, _ = await serving(deaf)
     over = Fired(server.drain(timeout=0, grace=0))
     assert not over
-    await until_over(over, clock)
-    assert over.results == [DrainReport(cancelled=1)]
+    assert await report_of(over, clock) == DrainReport(cancelled=1)
     assert clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize("heeds_the_time", [True, False])
 @ensureDeferred
 async def test_a_call_of_on_handler_error_is_waited_for(
-    serve: Any, connect: Any, clock: Clock, logs: Logs, heeds_the_time: bool
+    serving: Any, clock: Clock, logs: Logs, heeds_the_time: bool
 ) -> None:
     """Not without end."""
     reporting: Deferred[None] = Deferred()
@@ -913,10 +812,7 @@ async def test_a_call_of_on_handler_error_is_waited_for(
         await reader.read(1)
         raise ValueError("oh dear")
 
-    server = await serve(fails, clock=clock, on_handler_error=lambda *_: reporting)
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
+    server, (client,) = await serving(fails, on_handler_error=lambda *_: reporting)
     over = Fired(server.drain(timeout=5.0))
     clock.advance(1.0)
     client.send(b"x")
@@ -927,8 +823,9 @@ async def test_a_call_of_on_handler_error_is_waited_for(
         reporting.callback(None)
     else:
         clock.pump([4.0, GRACE, GRACE])
-    await until_over(over, clock)
-    assert over.results == [DrainReport(finished=1, errors=1, longest_wait=1.0)]
+    assert await report_of(over, clock) == DrainReport(
+        finished=1, errors=1, longest_wait=1.0
+    )
     if not heeds_the_time:
         (line,) = logs.take(LogLevel.error)
         assert line["remaining"] == "calls of on_handler_error"
@@ -937,10 +834,10 @@ async def test_a_call_of_on_handler_error_is_waited_for(
 
 @ensureDeferred
 async def test_close_existing_connections_in_its_midst(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """It ends with them; they were closed, and not by the drain."""
-    server, clients = await serving(serve, connect, reads, clock, 2)
+    server, clients = await serving(reads, 2)
     connections = server._factory.connections
     over = Fired(server.drain(timeout=None))
     server.close(close_existing_connections=True)
@@ -1041,11 +938,9 @@ def test_a_report_is_a_value() -> None:
 
 
 @ensureDeferred
-async def test_force_ends_an_announcement(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_force_ends_an_announcement(serving: Any, clock: Clock) -> None:
     """Everything at once, whatever was still to come."""
-    server, (client,) = await serving(serve, connect, deaf, clock, 1)
+    server, (client,) = await serving(deaf)
     over = Fired(server.drain(announce=60.0, timeout=None, spread=60.0, grace=60.0))
     forced = Fired(server.force_drain())
     assert await in_thread(client.read_all) == b""
@@ -1055,18 +950,17 @@ async def test_force_ends_an_announcement(
 
 @ensureDeferred
 async def test_force_without_a_drain_begins_one(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """With one grace for those who take their time to end."""
     handler, release = stubborn_and_its_release()
-    server, _ = await serving(serve, connect, handler, clock, 1)
+    server, _ = await serving(handler)
     over = Fired(server.force_drain())
     assert release.cancels == 1
     clock.advance(GRACE - 0.001)
     assert not over
     clock.advance(0.001)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(given_up=1, longest_wait=GRACE)]
+    assert await report_of(over, clock) == DrainReport(given_up=1, longest_wait=GRACE)
     logs.take(LogLevel.error)
     release()
 
@@ -1074,11 +968,11 @@ async def test_force_without_a_drain_begins_one(
 @pytest.mark.parametrize("when", ["finishing", "spreading", "closing", "cancelling"])
 @ensureDeferred
 async def test_force_resets_what_does_not_close(
-    serve: Any, connect: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, when: str
+    serving: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """At once, in whichever phase."""
     monkeypatch.setattr(StreamConnection, "close_now", lambda self: None)
-    server, (client,) = await serving(serve, connect, floods, clock, 1)
+    server, (client,) = await serving(floods)
     over = Fired(server.drain(timeout=2.0, spread=2.0, grace=2.0))
     phases = ["finishing", "spreading", "closing", "cancelling"]
     clock.pump([1.0] + [2.0] * phases.index(when))
@@ -1110,14 +1004,11 @@ class Watcher(Observer):
 
 @ensureDeferred
 async def test_observers_are_told_of_the_beginning_and_the_end(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Once each, whoever calls how often; nobody observes any longer than that."""
     log: list[Any] = []
-    server = await serve(reads, clock=clock, observer=Watcher(log))
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
+    server, (client,) = await serving(reads, observer=Watcher(log))
     over = server.drain(announce=1.0, timeout=1.0)
     over.addCallback(log.append)
     assert log == ["draining"]
@@ -1152,8 +1043,7 @@ async def test_who_was_just_accepted_is_served(
     assert await in_thread(client.read_all) == b"open"
     client.close()
     over = Fired(server.drain())
-    await until_over(over, clock)
-    assert over.results == [DrainReport(finished=1)]
+    assert await report_of(over, clock) == DrainReport(finished=1)
 
 
 @ensureDeferred
@@ -1256,21 +1146,20 @@ async def test_it_may_be_called_from_its_own_midst(
 
 
 @ensureDeferred
-async def test_a_handler_may_drain_its_own_server(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_handler_may_drain_its_own_server(serving: Any, clock: Clock) -> None:
     """It need not wait for itself, and is cancelled if it does."""
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
         writer.write(await reader.readline())
         await server.drain(timeout=5.0)
 
-    server, (client,) = await serving(serve, connect, handler, clock, 1)
+    server, (client,) = await serving(handler)
     client.send(b"the end\n")
     await until(lambda: server.is_closed)
     over = Fired(server.drain())
     clock.advance(5.0)
     assert await in_thread(client.read_all) == b"the end\n"
     clock.advance(GRACE)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(cancelled=1, longest_wait=5.0 + GRACE)]
+    assert await report_of(over, clock) == DrainReport(
+        cancelled=1, longest_wait=5.0 + GRACE
+    )

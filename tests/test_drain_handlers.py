@@ -20,23 +20,16 @@ from twisted.logger import LogLevel, formatEvent
 from tcpsvc import DrainReport, Reason, Server, WhereToListen, kernel
 from tcpsvc.drain_options import GRACE
 from tcpsvc.testing import MemoryServer
-from tests.support import Logs, in_thread, the_reactor, turn, until
-from tests.test_drain import Fired, Release, deaf, reads, serving, until_over
-from tests.tls import client_context, make_certificate
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """What times the server and its drain."""
-    return Clock()
-
+from tests.drains import Release, deaf, reads, report_of, until_over
+from tests.support import Fired, Logs, in_thread, settle, the_reactor, turn, until
+from tests.tls import client_context, tls_endpoint
 
 # They are told.
 
 
 @ensureDeferred
 async def test_each_connection_is_told_by_a_deferred_of_ones_own(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Of the writer's and of the connection's; also when it is asked for later."""
     seen: list[Any] = []
@@ -45,7 +38,7 @@ async def test_each_connection_is_told_by_a_deferred_of_ones_own(
         seen.append((reader, writer))
         await reader.drain_to_eof()
 
-    server, clients = await serving(serve, connect, handler, clock, 3)
+    server, clients = await serving(handler, 3)
     (reader, writer), (_, other), (_, late) = seen
     connection = server.connection(1)
     assert (reader.draining, writer.draining, connection.draining) == (False,) * 3
@@ -60,20 +53,16 @@ async def test_each_connection_is_told_by_a_deferred_of_ones_own(
     assert (reader.draining, writer.draining, connection.draining) == (True,) * 3
     assert Fired(writer.when_draining()).results == [None]
     assert Fired(late.when_draining()).results == [None]
-    for client in clients:
-        client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, *clients)
     # Those who ask when all is over are told too.
     assert writer.draining
     assert Fired(connection.when_draining()).results == [None]
 
 
 @ensureDeferred
-async def test_a_connection_that_is_over_is_told_nothing(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_connection_that_is_over_is_told_nothing(serving: Any) -> None:
     """Nor does a plain close tell anybody."""
-    server, (client,) = await serving(serve, connect, reads, clock, 1)
+    server, (client,) = await serving(reads)
     waiting = server.connection(1).when_draining()
     server.close()
     await turn()
@@ -141,7 +130,7 @@ READS = {
 @pytest.mark.parametrize("asks", ["option", "handler"])
 @ensureDeferred
 async def test_a_read_that_waits_with_nothing_buffered_is_at_eof(
-    serve: Any, connect: Any, clock: Clock, read: str, asks: str
+    serving: Any, clock: Clock, read: str, asks: str
 ) -> None:
     """Whichever read; that is an ordinary end, and the reason is the drain."""
     results: list[Any] = []
@@ -156,21 +145,15 @@ async def test_a_read_that_waits_with_nothing_buffered_is_at_eof(
             assert reader.at_eof()
             writer.write(b"bye")
 
-    server = await serve(
+    server, (client,) = await serving(
         handler,
-        clock=clock,
         eof_on_drain=asks == "option",
         on_handler_error=lambda *args: errors.append(args),
     )
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
     connection = server.connection(1)
     over = Fired(server.drain(timeout=30.0))
     assert await in_thread(client.read_all) == b"bye"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1)]
+    assert await report_of(over, clock, client) == DrainReport(closed_idle=1)
     assert connection.reason is Reason.DRAINED
     assert errors == []
     if read in ("readuntil", "readexactly"):
@@ -193,7 +176,7 @@ async def test_a_read_that_waits_with_nothing_buffered_is_at_eof(
 )
 @ensureDeferred
 async def test_the_handler_has_the_last_word(
-    serve: Any, connect: Any, clock: Clock, option: bool, asked: Any, is_at_eof: bool
+    serving: Any, clock: Clock, option: bool, asked: Any, is_at_eof: bool
 ) -> None:
     """The option is for those who do not say."""
 
@@ -202,19 +185,15 @@ async def test_the_handler_has_the_last_word(
             reader.eof_when_draining(asked)
         await reader.read(1)
 
-    server = await serve(handler, clock=clock, eof_on_drain=option)
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
+    server, (client,) = await serving(handler, eof_on_drain=option)
     over = Fired(server.drain(timeout=30.0))
     assert server.num_connections == (0 if is_at_eof else 1)
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
     assert over.results[0].closed_idle == is_at_eof
 
 
 @ensureDeferred
-async def test_asked_for_in_its_midst(serve: Any, connect: Any, clock: Clock) -> None:
+async def test_asked_for_in_its_midst(serving: Any, clock: Clock) -> None:
     """By who is told, of a read that waits already; and by a change of the option."""
     readers: list[Any] = []
 
@@ -222,7 +201,7 @@ async def test_asked_for_in_its_midst(serve: Any, connect: Any, clock: Clock) ->
         readers.append(reader)
         await reader.read(1)
 
-    server, clients = await serving(serve, connect, handler, clock, 2)
+    server, clients = await serving(handler, 2)
     over = Fired(server.drain(timeout=30.0))
     assert server.num_connections == 2
     assert all(reader.connection.is_running for reader in readers)
@@ -231,9 +210,7 @@ async def test_asked_for_in_its_midst(serve: Any, connect: Any, clock: Clock) ->
     server.change(eof_on_drain=True)
     clock.advance(1.0)
     await until(lambda: server.num_connections == 0)
-    for client in clients:
-        client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, *clients)
     assert over.results[0].closed_idle == 2
 
 
@@ -245,63 +222,50 @@ async def answers(address: Any, reader: Any, writer: Any) -> None:
 
 @ensureDeferred
 async def test_a_message_that_has_begun_is_read_and_answered(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Not before its end is there a boundary, where the reader is at EOF."""
-    server = await serve(answers, clock=clock, eof_on_drain=True)
-    client = connect(server)
+    server, (client,) = await serving(answers, eof_on_drain=True)
     client.send(b"one\ntw")
-    await until(lambda: server.num_connections == 1)
     await until(lambda: server.connection(1).bytes_in == 6)
     over = Fired(server.drain(timeout=30.0))
-    await turn(0.01)
+    await settle()
     assert server.connection(1).is_running
     client.send(b"o\nthree\n")
     assert await in_thread(client.read_all) == b"one\ntwo\nthree\n"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1)]
+    assert await report_of(over, clock, client) == DrainReport(closed_idle=1)
 
 
 @ensureDeferred
 async def test_a_message_that_waits_in_the_kernel_is_answered(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """It was on its way when the drain began."""
-    server = await serve(answers, clock=clock, eof_on_drain=True)
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
+    server, (client,) = await serving(answers, eof_on_drain=True)
     client.send(b"one\n")
     over = Fired(server.drain(timeout=30.0))
     assert await in_thread(client.read_all) == b"one\n"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1)]
+    assert await report_of(over, clock, client) == DrainReport(closed_idle=1)
 
 
 @ensureDeferred
 async def test_what_waits_in_the_kernel_and_is_no_message_is_looked_for_again(
-    serve: Any, connect: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    serving: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a record of TLS's own: once a second."""
-    server = await serve(answers, clock=clock, eof_on_drain=True)
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
+    server, (client,) = await serving(answers, eof_on_drain=True)
     monkeypatch.setattr(kernel, "has_input", lambda connected: True)
     over = Fired(server.drain(timeout=30.0))
     monkeypatch.undo()
     assert server.connection(1).is_running
     clock.advance(1.0)
     assert await in_thread(client.read_all) == b""
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
 
 
 @ensureDeferred
 async def test_a_handler_that_is_busy_is_at_eof_at_its_next_read(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """When it has answered."""
     work: Deferred[None] = Deferred()
@@ -311,25 +275,21 @@ async def test_a_handler_that_is_busy_is_at_eof_at_its_next_read(
             await work
             writer.write(line)
 
-    server = await serve(handler, clock=clock, eof_on_drain=True)
-    client = connect(server)
+    server, (client,) = await serving(handler, eof_on_drain=True)
     client.send(b"one\n")
-    await until(lambda: server.num_connections == 1)
     await until(lambda: server.connection(1).bytes_in == 4)
     over = Fired(server.drain(timeout=30.0))
     clock.advance(10.0)
     assert server.num_connections == 1
     work.callback(None)
     assert await in_thread(client.read_all) == b"one\n"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1, longest_wait=10.0)]
+    assert await report_of(over, clock, client) == DrainReport(
+        closed_idle=1, longest_wait=10.0
+    )
 
 
 @ensureDeferred
-async def test_a_message_of_several_reads(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_message_of_several_reads(serving: Any, clock: Clock) -> None:
     """A handler takes its wish back while it reads one."""
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
@@ -340,28 +300,22 @@ async def test_a_message_of_several_reads(
             writer.write(await reader.readexactly(size[0]))
             reader.eof_when_draining()
 
-    server = await serve(handler, clock=clock)
-    client = connect(server)
+    server, (client,) = await serving(handler)
     client.send(b"\x03")
-    await until(lambda: server.num_connections == 1)
     await until(lambda: server.connection(1).bytes_in == 1)
     over = Fired(server.drain(timeout=30.0))
-    await turn(0.01)
+    await settle()
     client.send(b"abc")
     assert await in_thread(client.read_all) == b"abc"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1)]
+    assert await report_of(over, clock, client) == DrainReport(closed_idle=1)
 
 
 @ensureDeferred
 async def test_without_a_drain_there_is_no_such_eof(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, serve: Any, connect: Any, clock: Clock
 ) -> None:
     """Neither while it is announced, nor by a plain close."""
-    server = await serve(answers, clock=clock, eof_on_drain=True)
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
+    server, (client,) = await serving(answers, eof_on_drain=True)
     over = Fired(server.drain(announce=5.0, timeout=5.0))
     client.send(b"one\n")
     assert await in_thread(client.read, 4) == b"one\n"
@@ -371,17 +325,15 @@ async def test_without_a_drain_there_is_no_such_eof(
     await closed.close()
     other.send(b"two\n")
     assert await in_thread(other.read, 4) == b"two\n"
-    other.shut()
-    assert await in_thread(other.read_all) == b""
+    assert await in_thread(other.finish) == b""
     clock.advance(5.0)
     assert await in_thread(client.read_all) == b""
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
 
 
 @ensureDeferred
 async def test_what_a_handler_raises_after_that_eof_is_its_error(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """But for IncompleteReadError, which says only that there was EOF."""
     errors: list[Any] = []
@@ -390,19 +342,14 @@ async def test_what_a_handler_raises_after_that_eof_is_its_error(
         await reader.read(1)
         raise ValueError("oh dear")
 
-    server = await serve(
+    server, (client,) = await serving(
         handler,
-        clock=clock,
         eof_on_drain=True,
         on_handler_error=lambda address, failure: errors.append(failure.type),
     )
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
     connection = server.connection(1)
     over = Fired(server.drain(timeout=30.0))
-    client.close()
-    await until_over(over, clock)
+    await report_of(over, clock, client)
     assert errors == [ValueError]
     assert connection.reason is Reason.ERROR
     assert over.results == [DrainReport(closed_idle=1, errors=1)]
@@ -410,7 +357,7 @@ async def test_what_a_handler_raises_after_that_eof_is_its_error(
 
 @ensureDeferred
 async def test_the_clients_own_eof_in_the_midst_of_a_message_stays_an_error(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """H6: only what the server has ended is ordinary."""
     errors: list[Any] = []
@@ -418,15 +365,12 @@ async def test_the_clients_own_eof_in_the_midst_of_a_message_stays_an_error(
     async def handler(address: Any, reader: Any, writer: Any) -> None:
         await reader.readexactly(10)
 
-    server = await serve(
+    server, (client,) = await serving(
         handler,
-        clock=clock,
         eof_on_drain=True,
         on_handler_error=lambda address, failure: errors.append(failure.type),
     )
-    client = connect(server)
     client.send(b"abc")
-    await until(lambda: server.num_connections == 1)
     await until(lambda: server.connection(1).bytes_in == 3)
     over = Fired(server.drain(timeout=30.0))
     client.shut()
@@ -440,7 +384,6 @@ async def test_under_tls_idle_handlers_are_at_eof(
     serve: Any, connect: Any, clock: Clock, tmp_path: Path
 ) -> None:
     """And what they write then arrives."""
-    pem = make_certificate(tmp_path)
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
         async for line in reader:
@@ -449,9 +392,7 @@ async def test_under_tls_idle_handlers_are_at_eof(
 
     server = await serve(
         handler,
-        where=WhereToListen.of_endpoint(
-            f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-        ),
+        where=WhereToListen.of_endpoint(tls_endpoint(tmp_path)),
         clock=clock,
         eof_on_drain=True,
     )
@@ -461,9 +402,7 @@ async def test_under_tls_idle_handlers_are_at_eof(
     assert await in_thread(client.read, 4) == b"one\n"
     over = Fired(server.drain(timeout=30.0))
     assert await in_thread(client.read_all) == b"bye\n"
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed_idle=1)]
+    assert await report_of(over, clock, client) == DrainReport(closed_idle=1)
 
 
 def test_in_memory_handlers_are_told_by_the_factory() -> None:
@@ -504,21 +443,17 @@ class Handler:
 
 @pytest.mark.parametrize("closes", [False, True])
 @ensureDeferred
-async def test_close_cancels_handlers(
-    serve: Any, connect: Any, clock: Clock, closes: bool
-) -> None:
+async def test_close_cancels_handlers(serving: Any, clock: Clock, closes: bool) -> None:
     """
     After the closing. With the connections closed too, what only we hold is
     discarded; without, the client reads everything.
     """
     handler = Handler()
     errors: list[Any] = []
-    server = await serve(
-        handler, clock=clock, on_handler_error=lambda *args: errors.append(args)
+    server, (client,) = await serving(
+        handler,
+        on_handler_error=lambda *args: errors.append(args),
     )
-    client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    await turn()
     connection = server.connection(1)
     closed = server.close(close_existing_connections=closes, cancel_handlers=True)
     assert server.is_closed
@@ -534,12 +469,10 @@ async def test_close_cancels_handlers(
 
 
 @ensureDeferred
-async def test_close_without_that_cancels_nobody(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_close_without_that_cancels_nobody(serving: Any) -> None:
     """As ever."""
     handler = Handler()
-    server, _ = await serving(serve, connect, handler, clock, 1)
+    server, _ = await serving(handler)
     await server.close(close_existing_connections=True)
     assert handler.saw == []
     server.close(cancel_handlers=True)
@@ -593,7 +526,7 @@ class Echo(Protocol):
 
 @ensureDeferred
 async def test_who_does_not_heed_the_cancellation_is_named(
-    serve: Any, connect: Any, clock: Clock, logs: Logs
+    serving: Any, clock: Clock, logs: Logs
 ) -> None:
     """A grace later, and nobody waits; who ends within it is not."""
     release = Release()
@@ -608,7 +541,7 @@ async def test_who_does_not_heed_the_cancellation_is_named(
             await deferLater(clock, GRACE / 2, lambda: None)
             cleaned_up.append(None)
 
-    server, clients = await serving(serve, connect, handler, clock, 2)
+    server, clients = await serving(handler, 2)
     clients[0].send(b"stubborn\n")
     clients[1].send(b"tidy\n")
     await until(lambda: all(c.bytes_in for c in server.connections))
@@ -631,7 +564,7 @@ async def test_who_does_not_heed_the_cancellation_is_named(
 
 @ensureDeferred
 async def test_no_timer_is_left_when_they_end_before_the_grace_is_over(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """The server's end takes it away."""
     waiting: Deferred[None] = Deferred()
@@ -642,7 +575,7 @@ async def test_no_timer_is_left_when_they_end_before_the_grace_is_over(
         finally:
             await waiting
 
-    server, _ = await serving(serve, connect, handler, clock, 1)
+    server, _ = await serving(handler)
     server.close(close_existing_connections=True, cancel_handlers=True)
     assert clock.getDelayedCalls()
     waiting.callback(None)
@@ -651,9 +584,7 @@ async def test_no_timer_is_left_when_they_end_before_the_grace_is_over(
 
 
 @ensureDeferred
-async def test_a_cancelled_handler_that_returns_was_cancelled(
-    serve: Any, connect: Any, clock: Clock
-) -> None:
+async def test_a_cancelled_handler_that_returns_was_cancelled(serving: Any) -> None:
     """What it writes at its end arrives; the reason stays what it was."""
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
@@ -662,7 +593,7 @@ async def test_a_cancelled_handler_that_returns_was_cancelled(
         except CancelledError:
             writer.write(b"bye")
 
-    server, (client,) = await serving(serve, connect, handler, clock, 1)
+    server, (client,) = await serving(handler)
     connection = server.connection(1)
     server.close(cancel_handlers=True)
     assert await in_thread(client.read_all) == b"bye"
@@ -673,16 +604,14 @@ async def test_a_cancelled_handler_that_returns_was_cancelled(
 
 @ensureDeferred
 async def test_close_cancels_handlers_in_the_midst_of_a_drain(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """The drain ends with them, and says so."""
-    server, (client,) = await serving(serve, connect, deaf, clock, 1)
+    server, (client,) = await serving(deaf)
     over = Fired(server.drain(timeout=None))
     server.close(cancel_handlers=True)
     assert await in_thread(client.read_all) == b""
-    client.close()
-    await until_over(over, clock)
-    assert over.results == [DrainReport(cancelled=1)]
+    assert await report_of(over, clock, client) == DrainReport(cancelled=1)
 
 
 # Many at once.
@@ -690,7 +619,7 @@ async def test_close_cancels_handlers_in_the_midst_of_a_drain(
 
 @ensureDeferred
 async def test_a_client_that_never_reads_does_not_hold_a_drain_up(
-    serve: Any, connect: Any, clock: Clock
+    serving: Any, clock: Clock
 ) -> None:
     """Neither while its handler writes, nor while the last bytes wait."""
 
@@ -699,14 +628,13 @@ async def test_a_client_that_never_reads_does_not_hold_a_drain_up(
         if await reader.readline() == b"drain\n":
             await writer.drain()
 
-    server, clients = await serving(serve, connect, handler, clock, 2)
+    server, clients = await serving(handler, 2)
     clients[0].send(b"drain\n")
     clients[1].send(b"return\n")
     await until(lambda: server.connection(2).reason is Reason.FINISHED)
     over = Fired(server.drain(timeout=5.0))
     clock.advance(5.0)
-    await until_over(over, clock)
-    assert over.results == [DrainReport(closed=2, longest_wait=5.0)]
+    assert await report_of(over, clock) == DrainReport(closed=2, longest_wait=5.0)
 
 
 @ensureDeferred

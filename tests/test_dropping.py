@@ -21,7 +21,7 @@ from zope.interface import implementer
 
 from tcpsvc import Server, ServerFactory, WhereToListen
 from tests.support import LOOPBACK, in_thread, the_reactor, turn, until
-from tests.tls import make_certificate
+from tests.tls import tls_endpoint
 
 
 class Handler:
@@ -395,9 +395,8 @@ class WrappingEndpoint:
 
 def wrappings(tmp_path: Path) -> dict[str, Any]:
     """Endpoints that do not give the plain transport to the factory."""
-    pem = make_certificate(tmp_path)
     return {
-        "tls": f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}",
+        "tls": tls_endpoint(tmp_path),
         "haproxy": "haproxy:tcp:0:interface=127.0.0.1",
         "timeout": WrappingEndpoint(lambda f: TimeoutFactory(f, None)),
         "twice": WrappingEndpoint(lambda f: TimeoutFactory(WrappingFactory(f), None)),

@@ -19,7 +19,7 @@ from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers, everywhere
 from tests.kinds import end_of
 from tests.support import LOOPBACK, in_thread, until
-from tests.tls import make_certificate
+from tests.tls import tls_endpoint
 
 EVENTS = [name for name in IObserver.names() if not name.startswith("_")]
 
@@ -507,10 +507,7 @@ async def test_whoever_is_told_of_a_connection_may_end_it(
     setattr(Ends, event, end)
     where: Any = LOOPBACK
     if place.startswith("tls"):
-        pem = str(make_certificate(tmp_path)).replace(":", r"\:")
-        where = WhereToListen.of_endpoint(
-            f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-        )
+        where = WhereToListen.of_endpoint(tls_endpoint(tmp_path))
     server = await serve(
         Handlers().of(kind),
         where=where,

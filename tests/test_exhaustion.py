@@ -37,11 +37,11 @@ from tcpsvc.events import Observer
 from tcpsvc.exhaustion import EXHAUSTION_PAUSE, SHED_PAUSE, Exhaustion
 from tcpsvc.kernel import is_readable
 from tcpsvc.overflow import Reply
-from tests.support import LOOPBACK, in_thread, open_descriptors, until
-from tests.test_accepting import Handlers, handlers, settle, watched
-from tests.test_twistd import processes_in, start, twistd, wait_for_end
+from tests.daemons import processes_in, twistd, wait_for_end
+from tests.support import LOOPBACK, in_thread, open_descriptors, settle, until
+from tests.test_accepting import Handlers, handlers, watched
 
-__all__ = ["handlers", "start", "watched"]
+__all__ = ["handlers", "watched"]
 
 #: A rest of a Clock, with what its additions may lose.
 PAUSE = 0.05 + 1e-9
@@ -1000,6 +1000,7 @@ def test_twistd_refuses_a_bad_policy(capsys: Any) -> None:
     assert said == ("tcpsvc: error: --on-exhaustion drop: not one of back-off, shed\n")
 
 
+@pytest.mark.whatever("engine")
 def test_a_daemon_sheds(start: Any, connect: Any) -> None:
     """twistd --on-exhaustion shed: in the process that serves, after the fork."""
     command = twistd(

@@ -38,6 +38,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(tcpsvc, name) is not None
 
 
+@pytest.mark.whatever("engine", "reactor")
 def test_importing_imports_no_reactor() -> None:
     """No global reactor at import, in any module but the users' own choice."""
     code = (

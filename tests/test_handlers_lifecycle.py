@@ -18,7 +18,7 @@ from twisted.logger import LogLevel
 from zope.interface import implementer
 
 from tcpsvc import ConnectionGone, Server, ServerFactory, WhereToListen, kernel
-from tests.support import in_thread, the_reactor, turn, until
+from tests.support import in_thread, settle, the_reactor, turn, until
 
 PAYLOAD = b"x" * 8_000_000
 
@@ -36,46 +36,6 @@ class Errors:
     def types(self) -> list[type[BaseException]]:
         """The kinds of the errors."""
         return [type(error) for _, error in self.calls]
-
-
-class Held:
-    """A handler that gives its streams to the test, and ends when told to."""
-
-    def __init__(self) -> None:
-        self.reader: Any = None
-        self.writer: Any = None
-        self.end: Deferred[None] = Deferred()
-        self.has_ended = False
-
-    async def __call__(self, address: Any, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
-        try:
-            await self.end
-        finally:
-            self.has_ended = True
-
-    async def started(self) -> None:
-        """Wait for it."""
-        await until(lambda: self.writer is not None)
-
-
-def narrow(client: Any, writer: Any) -> None:
-    """Make the kernel hold little, so that it is full as soon as it is asked."""
-    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    writer.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-
-
-async def seconds_until(
-    clock: Clock, condition: Callable[[], Any], most: int = 100
-) -> int:
-    """Let seconds of the clock pass, with turns between; how many it took."""
-    for passed in range(most):
-        if condition():
-            return passed
-        clock.advance(1)
-        for _ in range(3):
-            await turn()
-    raise AssertionError(f"not within {most} s: {condition}")
 
 
 def memory_factory(
@@ -323,20 +283,18 @@ async def test_awaiting_an_asyncio_future_is_an_error_and_no_hang(
 
 @ensureDeferred
 async def test_a_handler_that_awaits_for_ever_holds_its_slot_until_cancelled(
-    serve: Any, connect: Any
+    hold: Any,
 ) -> None:
     """H2, H6: its client's leaving alone does not end it."""
-    errors, held = Errors(), Held()
-    server = await serve(held, on_handler_error=errors)
-    client = connect(server)
-    await held.started()
+    held = await hold()
+    server, client = held.server, held.client
     client.reset()
     await until(lambda: held.writer.is_closed)
     assert server.num_connections == 1
     server._factory.cancel_handlers()
     assert held.has_ended
     assert server.num_connections == 0
-    assert errors.calls == []
+    assert held.errors == []
 
 
 # H3
@@ -418,13 +376,11 @@ async def test_a_client_that_sends_all_before_it_reads_gets_its_answer(
 
 @ensureDeferred
 async def test_a_full_paused_reader_does_not_stop_the_lingering_close(
-    serve: Any, connect: Any
+    hold: Any,
 ) -> None:
     """H3 [+], S3: reading was paused when the handler ended."""
-    held = Held()
-    server = await serve(held, reader_buffer_size=1000)
-    client = connect(server)
-    await held.started()
+    held = await hold(reader_buffer_size=1000)
+    server, client = held.server, held.client
 
     def talk() -> bytes:
         client.send(b"y" * 20_000_000)
@@ -445,17 +401,15 @@ async def test_a_full_paused_reader_does_not_stop_the_lingering_close(
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 @ensureDeferred
 async def test_with_nothing_pending_the_socket_is_closed_at_once(
-    serve: Any, connect: Any, tmp_path: Any, kind: str
+    hold: Any, tmp_path: Any, kind: str
 ) -> None:
     """H3: the client need not do anything, no time need pass."""
-    held, clock = Held(), Clock()
     options = {} if kind == "tcp" else {"where": WhereToListen.of_file(tmp_path / "s")}
-    server = await serve(held, clock=clock, **options)
-    connect(server)
-    await held.started()
+    held = await hold(**options)
+    server = held.server
     held.end.callback(None)
     assert server.num_connections == 0
-    assert clock.getDelayedCalls() == []
+    assert held.clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -482,17 +436,15 @@ async def test_a_handler_that_awaits_flushed_and_returns_ends_cleanly(
 
 @ensureDeferred
 async def test_a_client_that_takes_nothing_is_aborted_after_flush_timeout(
-    serve: Any, connect: Any
+    hold: Any,
 ) -> None:
     """H3: 30 s without one byte taken."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock)
-    client = connect(server)
-    await held.started()
-    narrow(client, held.writer)
+    held = await hold()
+    server, client = held.server, held.client
+    held.narrow()
     held.writer.write(PAYLOAD * 5)
     held.end.callback(None)
-    took = await seconds_until(clock, lambda: server.num_connections == 0)
+    took = await held.seconds_until(lambda: server.num_connections == 0)
     assert 30 <= took <= 45
     with pytest.raises(ConnectionResetError):
         await in_thread(client.read_all)
@@ -500,32 +452,26 @@ async def test_a_client_that_takes_nothing_is_aborted_after_flush_timeout(
 
 
 @ensureDeferred
-async def test_flush_timeout_is_an_option(serve: Any, connect: Any) -> None:
+async def test_flush_timeout_is_an_option(hold: Any) -> None:
     """H3: flush_timeout."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock, flush_timeout=7)
-    client = connect(server)
-    await held.started()
-    narrow(client, held.writer)
+    held = await hold(flush_timeout=7)
+    server = held.server
+    held.narrow()
     held.writer.write(PAYLOAD * 5)
     held.end.callback(None)
-    assert 7 <= await seconds_until(clock, lambda: not server.num_connections) <= 22
+    assert 7 <= await held.seconds_until(lambda: not server.num_connections) <= 22
 
 
 @ensureDeferred
-async def test_after_its_own_close_the_timeout_is_five_seconds(
-    serve: Any, connect: Any
-) -> None:
+async def test_after_its_own_close_the_timeout_is_five_seconds(hold: Any) -> None:
     """H3: 5 s after the handler's own close(); the slot waits for the handler."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock)
-    client = connect(server)
-    await held.started()
-    narrow(client, held.writer)
+    held = await hold()
+    server, client = held.server, held.client
+    held.narrow()
     held.writer.write(PAYLOAD * 5)
     closed = held.writer.close_finished()
     held.writer.close()
-    assert 5 <= await seconds_until(clock, lambda: closed.called) <= 20
+    assert 5 <= await held.seconds_until(lambda: closed.called) <= 20
     assert server.num_connections == 1
     with pytest.raises(ConnectionResetError):
         await in_thread(client.read_all)
@@ -534,39 +480,31 @@ async def test_after_its_own_close_the_timeout_is_five_seconds(
 
 
 @ensureDeferred
-async def test_a_slow_client_that_takes_something_is_not_aborted(
-    serve: Any, connect: Any
-) -> None:
+async def test_a_slow_client_that_takes_something_is_not_aborted(hold: Any) -> None:
     """H3: the timeout is without one byte taken."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock, buffer_age_limit=None)
-    client = connect(server)
+    held = await hold(buffer_age_limit=None)
+    server, client = held.server, held.client
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-    await held.started()
     held.writer.write(PAYLOAD * 5)
     held.end.callback(None)
     for _ in range(6):
         for _ in range(20):
-            clock.advance(1)
+            held.clock.advance(1)
             await turn()
         assert server.num_connections == 1
         # More than a window, so that the kernel does say so to its peer.
         await in_thread(client.read, 1_000_000)
-        await turn(0.001)
+        await settle()
     assert server.num_connections == 1
     assert len(await in_thread(client.read_all)) == len(PAYLOAD) * 5 - 6_000_000
-    await seconds_until(clock, lambda: server.num_connections == 0)
+    await held.seconds_until(lambda: server.num_connections == 0)
 
 
 @ensureDeferred
-async def test_a_client_that_sends_for_ever_is_aborted_in_the_end(
-    serve: Any, connect: Any
-) -> None:
+async def test_a_client_that_sends_for_ever_is_aborted_in_the_end(hold: Any) -> None:
     """H3: discarding its input does not go on for ever."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock)
-    client = connect(server)
-    await held.started()
+    held = await hold()
+    server, client = held.server, held.client
 
     def blast() -> None:
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
@@ -581,25 +519,23 @@ async def test_a_client_that_sends_for_ever_is_aborted_in_the_end(
     held.end.callback(None)
     # It still sends: one that had stopped would be closed at the next look.
     await until(lambda: connection._discarded)
-    assert 30 <= await seconds_until(clock, lambda: not server.num_connections) <= 45
+    assert 30 <= await held.seconds_until(lambda: not server.num_connections) <= 45
     await blasting
 
 
 @ensureDeferred
 async def test_a_lingering_client_that_says_nothing_is_aborted_in_the_end(
-    serve: Any, connect: Any
+    hold: Any,
 ) -> None:
     """H3: it has spoken, read all, and then neither speaks nor leaves."""
-    held, clock = Held(), Clock()
-    server = await serve(held, clock=clock)
-    client = connect(server)
-    await held.started()
+    held = await hold()
+    server, client = held.server, held.client
     client.send(b"unread")
     held.writer.write(PAYLOAD)
     held.end.callback(None)
     assert await in_thread(client.read_all) == PAYLOAD
-    assert await seconds_until(clock, lambda: not server.num_connections) <= 45
-    assert clock.getDelayedCalls() == []
+    assert await held.seconds_until(lambda: not server.num_connections) <= 45
+    assert held.clock.getDelayedCalls() == []
 
 
 @ensureDeferred

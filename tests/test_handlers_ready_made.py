@@ -22,8 +22,7 @@ async def test_echo_sends_back_what_comes(serve: Any, connect: Any) -> None:
     sent = in_thread(client.send, data)
     assert await in_thread(client.read, len(data)) == data
     await sent
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
     await until(lambda: server.num_connections == 0)
 
 
@@ -48,8 +47,7 @@ async def test_echo_holds_back_a_client_that_does_not_read(
     (connection,) = server.describe()["connections"]
     assert connection["bytes_in"] < sent
     client.socket.settimeout(10)
-    client.shut()
-    assert len(await in_thread(client.read_all)) == sent
+    assert len(await in_thread(client.finish)) == sent
 
 
 @ensureDeferred
@@ -61,8 +59,7 @@ async def test_discard_reads_everything_and_answers_nothing(
     client = connect(server)
     await in_thread(client.send, b"x" * 5_000_000)
     assert server.num_connections == 1
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
     await until(lambda: server.num_connections == 0)
 
 
@@ -173,9 +170,11 @@ async def test_commands_takes_lines_in_pieces(serve: Any, connect: Any) -> None:
     server = await serve(handlers.commands, on_handler_error="raise")
     client = connect(server)
     assert await in_thread(client.read, len(GREETING)) == GREETING
+    sent = 0
     for piece in (b"ec", b"ho a", b"bc\r", b"\nqu", b"it\n"):
+        await until(lambda sent=sent: server.connections[0].bytes_in == sent)
         client.send(piece)
-        await turn(0.001)
+        sent += len(piece)
     assert await in_thread(client.read_all) == b"abc\r\nbye\r\n"
 
 

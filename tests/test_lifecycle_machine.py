@@ -1433,6 +1433,7 @@ class Lines(Factory):
         return Line(self.machine, self.version, addr)
 
 
+@pytest.mark.whatever("engine")
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("engine", ["auto", "reactor"])
 @pytest.mark.parametrize("kind", KINDS)

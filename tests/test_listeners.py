@@ -18,20 +18,22 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 
 from tcpsvc import LOCALHOST, Server, TcpService, WhereToListen
+from tests.daemons import stop, twistd
+from tests.kinds import OtherEndpoint
 from tests.support import (
     LOOPBACK,
     Client,
     in_thread,
     open_descriptors,
+    settle,
     turn,
     until,
 )
-from tests.test_accepting import Handlers, OtherEndpoint, handlers, settle
+from tests.test_accepting import Handlers, handlers
 from tests.test_service import SlowEndpoint
-from tests.test_twistd import start, stop, twistd
 from tests.test_where import make_with
 
-__all__ = ["handlers", "start"]
+__all__ = ["handlers"]
 
 LOOPBACK6 = WhereToListen.bind_to("::1", 0)
 
@@ -762,6 +764,7 @@ async def test_without_a_descriptor_for_the_engine_nothing_is_left(
     await turn()
 
 
+@pytest.mark.whatever("engine")
 def test_twistd_has_one_limit_and_one_drain_over_all(start: Any, connect: Any) -> None:
     """--max-connections is for all places together."""
     child = start(

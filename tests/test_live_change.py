@@ -19,7 +19,7 @@ from tcpsvc.options import Options, StreamOptions
 from tcpsvc.settings import Settings
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers
-from tests.support import in_thread, turn, until
+from tests.support import in_thread, settle, turn, until
 
 KINDS = ("stream", "protocol", "sock")
 
@@ -648,8 +648,7 @@ async def test_a_change_of_something_else_lets_nobody_in_before_its_time(
     await until(lambda: len(handlers.started) == 1)
     server.change(lifetime=1000)
     server.change(max_accepts_per_batch=10)
-    for _ in range(5):
-        await turn(0.002)
+    await settle()
     assert len(handlers.started) == 1
     clock.advance(61)
     await until(lambda: len(handlers.started) == 2)

@@ -20,6 +20,8 @@ from tcpsvc import networks as networks_module
 from tcpsvc.addresses import key_of, name_of, network_of, number_of, packed_of
 from tcpsvc.networks import Networks
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 NO_ADDRESSES = [
     *("", " ", ".", ":", ":%", "%", "%eth0", "localhost", "example.org", "/run/s"),
     *("1", "1.2.3", "1.2.3.4.5", "256.1.1.1", "1.2.3.-4", "01.2.3.4", "0x1.2.3.4"),

@@ -18,8 +18,16 @@ from twisted.protocols.policies import WrappingFactory
 
 from tcpsvc import LOCALHOST, Observer, Reason, Reply, Server, ServerFactory
 from tcpsvc.testing import MemoryServer
-from tests.kinds import KINDS, Raising, Seen, Staying, end_of, place, settle
-from tests.support import PATIENCE, Client, in_thread, the_reactor, turn, until
+from tests.kinds import KINDS, Raising, Seen, Staying, echoes, end_of, is_refused, place
+from tests.support import (
+    PATIENCE,
+    Client,
+    in_thread,
+    settle,
+    the_reactor,
+    turn,
+    until,
+)
 from tests.tls import client_context
 
 BUSY = Reply(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
@@ -36,12 +44,6 @@ def refusals(server: Any) -> Any:
 def ends(server: Any) -> Any:
     """How many connections have ended, by the reason."""
     return server.describe()["counters"]["ends"]
-
-
-@pytest.fixture
-def staying() -> Staying:
-    """The handlers of the test."""
-    return Staying()
 
 
 # Sent away
@@ -96,37 +98,26 @@ async def test_clients_beyond_the_limit_are_sent_away(
 @ensureDeferred
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_freed_slot_lets_the_next_client_in(
-    way: str, serve: Any, connect: Any, staying: Staying
+    full: Any, way: str, connect: Any
 ) -> None:
     """Who was sent away holds none."""
-    server = await serve(staying.stream, max_connections=1, overflow=WAYS[way])
-    first = connect(server)
-    await until(lambda: staying.started)
+    server, first = await full(overflow=WAYS[way])
     for _ in range(3):
         await in_thread(end_of, connect(server))
     first.shut()
     await until(lambda: not server.num_connections)
     second = connect(server)
-    second.send(b"hello")
-    assert await in_thread(second.read, 5) == b"hello"
+    assert await echoes(second)
 
 
 @ensureDeferred
 @pytest.mark.parametrize("engine", ["auto", "reactor"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_client_that_spoke_first_reads_the_whole_reply(
-    kind: str, engine: str, serve: Any, connect: Any, staying: Staying
+    full: Any, kind: str, engine: str
 ) -> None:
     """An HTTP request that nobody reads must not make a reset of it."""
-    server = await serve(
-        KINDS[kind].make(staying),
-        create=KINDS[kind].create,
-        max_connections=1,
-        overflow=Reply(b"x" * 4096),
-        engine=engine,
-    )
-    connect(server)
-    await until(lambda: staying.started)
+    server, _ = await full(kind=kind, overflow=Reply(b"x" * 4096), engine=engine)
 
     def ask() -> Any:
         client = Client(server)
@@ -287,16 +278,12 @@ async def test_more_than_256_replies_at_a_time_are_resets(
 
 @ensureDeferred
 async def test_who_does_not_take_its_reply_is_let_go_of_after_5_s(
-    serve: Any, connect: Any, staying: Staying, logs: Any
+    full: Any, connect: Any, logs: Any
 ) -> None:
     """A client that has sent something and never closes holds a descriptor, not for
     long."""
     clock = Clock()
-    server = await serve(
-        staying.stream, max_connections=1, overflow=BUSY, clock=clock, engine="auto"
-    )
-    connect(server)
-    await until(lambda: staying.started)
+    server, _ = await full(overflow=BUSY, clock=clock, engine="auto")
     slow = connect(server)
     slow.send(b"unread")
     await until(lambda: refusals(server) == {"overflow": 1})
@@ -317,20 +304,13 @@ async def test_who_does_not_take_its_reply_is_let_go_of_after_5_s(
 
 @ensureDeferred
 async def test_a_tls_client_that_never_shakes_hands_is_let_go_of(
-    serve: Any, staying: Staying, tmp_path: Any, connect: Any
+    full: Any, tmp_path: Any, connect: Any
 ) -> None:
     """What cannot be said holds nothing for long."""
     clock = Clock()
-    server = await serve(
-        staying.stream,
-        where=place("tls", tmp_path),
-        max_connections=1,
-        overflow=BUSY,
-        clock=clock,
-        buffer_age_limit=1.0,
+    server, _ = await full(
+        where=place("tls", tmp_path), overflow=BUSY, clock=clock, buffer_age_limit=1.0
     )
-    connect(server)
-    await until(lambda: staying.started)
     silent = connect(server)
     await until(lambda: refusals(server) == {"overflow": 1})
     await settle()
@@ -342,12 +322,10 @@ async def test_a_tls_client_that_never_shakes_hands_is_let_go_of(
 @ensureDeferred
 @pytest.mark.parametrize("existing", [False, True])
 async def test_a_close_does_not_wait_for_replies(
-    existing: bool, serve: Any, connect: Any, staying: Staying
+    full: Any, existing: bool, connect: Any
 ) -> None:
     """They are closed with it; what the kernel took arrives."""
-    server = await serve(staying.stream, max_connections=1, overflow=BUSY)
-    first = connect(server)
-    await until(lambda: staying.started)
+    server, first = await full(overflow=BUSY)
     replied, unreplied = connect(server), connect(server)
     replied.send(b"unread")
     await until(lambda: refusals(server) == {"overflow": 2})
@@ -361,7 +339,7 @@ async def test_a_close_does_not_wait_for_replies(
 
 @ensureDeferred
 async def test_a_reply_that_a_wrapping_factory_prevents_is_not_the_next_clients(
-    serve: Any, connect: Any, staying: Staying, logs: Any
+    full: Any, connect: Any, logs: Any
 ) -> None:
     """The wrapper refuses, or fails: what was to be said is forgotten."""
 
@@ -394,14 +372,7 @@ async def test_a_reply_that_a_wrapping_factory_prevents_is_not_the_next_clients(
 
     endpoint = Endpoint()
     directlyProvides(endpoint, IStreamServerEndpoint)
-    server = await serve(
-        staying.stream,
-        where=WhereToListen.of_endpoint(endpoint),
-        max_connections=1,
-        overflow=BUSY,
-    )
-    first = connect(server)
-    await until(lambda: staying.started)
+    server, first = await full(where=WhereToListen.of_endpoint(endpoint), overflow=BUSY)
     for number, mood in enumerate(["refuses", "fails", "fails later"], 1):
         wrappers[0].mood = mood
         await in_thread(end_of, connect(server))
@@ -411,8 +382,7 @@ async def test_a_reply_that_a_wrapping_factory_prevents_is_not_the_next_clients(
     first.shut()
     await until(lambda: not server.num_connections)
     served = connect(server)
-    served.send(b"hello")
-    assert await in_thread(served.read, 5) == b"hello"
+    assert await echoes(served)
     logs.take(LogLevel.critical)
 
 
@@ -429,15 +399,11 @@ def test_what_a_reply_may_be() -> None:
 
 @ensureDeferred
 async def test_refusals_are_logged_once_a_minute(
-    serve: Any, connect: Any, staying: Staying, logs: Any
+    full: Any, connect: Any, logs: Any
 ) -> None:
     """And counted each time."""
     clock = Clock()
-    server = await serve(
-        staying.stream, max_connections=1, overflow="drop", clock=clock
-    )
-    connect(server)
-    await until(lambda: staying.started)
+    server, _ = await full(overflow="drop", clock=clock)
 
     async def refuse(number: int) -> None:
         for _ in range(number):
@@ -459,13 +425,11 @@ async def test_refusals_are_logged_once_a_minute(
 
 @ensureDeferred
 async def test_those_who_wait_are_sent_away_when_that_is_chosen(
-    serve: Any, connect: Any, staying: Staying
+    full: Any, connect: Any
 ) -> None:
     """From ``"hold"`` on: those in the backlog are the next clients; nobody who is
     there is closed. And back."""
-    server = await serve(staying.stream, max_connections=1)
-    first = connect(server)
-    await until(lambda: staying.started)
+    server, first = await full()
     waiting = [connect(server) for _ in range(3)]
     await settle()
     server.change(overflow="drop")
@@ -476,8 +440,7 @@ async def test_those_who_wait_are_sent_away_when_that_is_chosen(
     held.send(b"hello")
     await settle()
     assert server.num_connections == 1
-    first.send(b"there")
-    assert await in_thread(first.read, 5) == b"there"
+    assert await echoes(first)
     first.shut()
     assert await in_thread(held.read, 5) == b"hello"
     assert refusals(server) == {"overflow": 3}
@@ -496,25 +459,9 @@ async def test_those_who_wait_are_sent_away_when_that_is_chosen(
     ],
 )
 @ensureDeferred
-async def test_a_way_that_is_none_is_refused(
-    name: str, value: Any, serve: Any, staying: Staying
-) -> None:
+async def test_a_way_that_is_none_is_refused(name: str, value: Any, serve: Any) -> None:
     """Before anything is bound, and before anything is changed."""
-    bound = socket.socket()
-    with pytest.raises(ValueError, match=name):
-        await Server.create(
-            place("tcp", None),
-            staying.stream,
-            on_handler_error="raise",
-            socket=bound,
-            **{name: value},
-        )
-    assert bound.fileno() == -1
-    server = await serve(staying.stream, max_connections=3)
-    before = server.describe()
-    with pytest.raises(ValueError, match=name):
-        server.change(**{"max_connections": 5, name: value})
-    assert server.describe() == before
+    await is_refused(serve, ValueError, name, value)
 
 
 # Evicted
@@ -568,6 +515,19 @@ async def test_the_longest_idle_is_evicted(
     assert "connection_refused" not in seen.names()
 
 
+async def come(
+    server: Any, connect: Any, staying: Staying, n: int, clock: Clock | None = None
+) -> list[Any]:
+    """So many clients, one after the other; on a clock, a second apart."""
+    clients = []
+    for number in range(1, n + 1):
+        clients.append(connect(server))
+        await until(lambda number=number: len(staying.started) == number)
+        if clock is not None:
+            clock.advance(1)
+    return clients
+
+
 @ensureDeferred
 async def test_active_ones_are_spared(
     serve: Any, connect: Any, staying: Staying
@@ -583,17 +543,13 @@ async def test_active_ones_are_spared(
     third = connect(server)
     for _ in range(5):
         clock.advance(1)
-        active.send(b"x")
-        assert await in_thread(active.read, 1) == b"x"
+        assert await echoes(active)
         clock.advance(1)
-        third.send(b"y")
-        assert await in_thread(third.read, 1) == b"y"
+        assert await echoes(third)
     newcomer = connect(server)
-    newcomer.send(b"z")
-    assert await in_thread(newcomer.read, 1) == b"z"
+    assert await echoes(newcomer)
     assert await in_thread(end_of, idle) == (b"", "eof")
-    active.send(b"x")
-    assert await in_thread(active.read, 1) == b"x"
+    assert await echoes(active)
     assert ends(server) == {"evicted": 1}
 
 
@@ -606,24 +562,17 @@ async def test_activity_since_the_ranking_spares_too(
     server = await serve(
         staying.stream, max_connections=3, overflow="evict", clock=clock
     )
-    first = connect(server)
-    await until(lambda: len(staying.started) == 1)
-    second = connect(server)
-    await until(lambda: len(staying.started) == 2)
-    third = connect(server)
-    await until(lambda: len(staying.started) == 3)
+    first, second, third = await come(server, connect, staying, 3)
     clock.advance(10)
     connect(server)
     await until(lambda: len(staying.started) == 4)
     assert await in_thread(end_of, first) == (b"", "eof")
-    second.send(b"x")
-    assert await in_thread(second.read, 1) == b"x"
+    assert await echoes(second)
     clock.advance(0.5)
     connect(server)
     assert await in_thread(end_of, third) == (b"", "eof")
     await until(lambda: len(staying.started) == 5)
-    second.send(b"x")
-    assert await in_thread(second.read, 1) == b"x"
+    assert await echoes(second)
 
 
 class Stubborn:
@@ -656,14 +605,26 @@ def stubborn() -> Any:
             ending.callback(None)
 
 
+@pytest.fixture
+def evicting(serve: Any, connect: Any, stubborn: Stubborn) -> Any:
+    """``await evicting(n)``: a server that evicts them, of so many slots, and a client
+    in each."""
+
+    async def evicting(slots: int = 1) -> tuple[Any, list[Any]]:
+        server = await serve(stubborn, max_connections=slots, overflow="evict")
+        clients = [connect(server) for _ in range(slots)]
+        await until(lambda: stubborn.started == list(range(1, slots + 1)))
+        return server, clients
+
+    return evicting
+
+
 @ensureDeferred
 async def test_a_newcomer_starts_when_the_slot_is_really_free(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """In their order; the limit holds at each moment; nobody is evicted twice."""
-    server = await serve(stubborn, max_connections=2, overflow="evict")
-    old = [connect(server), connect(server)]
-    await until(lambda: stubborn.started == [1, 2])
+    server, old = await evicting(2)
     third = connect(server)
     await until(lambda: stubborn.cancelled == [1])
     fourth = connect(server)
@@ -698,12 +659,10 @@ async def test_a_newcomer_starts_when_the_slot_is_really_free(
 
 @ensureDeferred
 async def test_one_slot_that_never_gets_free(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """One newcomer is accepted, the rest wait in the backlog; nothing spins."""
-    server = await serve(stubborn, max_connections=1, overflow="evict")
-    connect(server)
-    await until(lambda: stubborn.started == [1])
+    server, _ = await evicting()
     newcomers = [connect(server) for _ in range(5)]
     await until(lambda: stubborn.cancelled == [1])
     await settle()
@@ -724,12 +683,10 @@ async def test_one_slot_that_never_gets_free(
 
 @ensureDeferred
 async def test_dropping_sends_newcomers_away_that_wait(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """Accepted or not."""
-    server = await serve(stubborn, max_connections=1, overflow="evict")
-    connect(server)
-    await until(lambda: stubborn.started == [1])
+    server, _ = await evicting()
     newcomers = [connect(server) for _ in range(3)]
     await until(lambda: server.describe()["held"] == 1)
     server.set_drop_incoming_connections(True)
@@ -744,12 +701,10 @@ async def test_dropping_sends_newcomers_away_that_wait(
 
 @ensureDeferred
 async def test_a_newcomer_that_leaves_while_it_waits_takes_nobodys_place(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """The one after it is served."""
-    server = await serve(stubborn, max_connections=1, overflow="evict")
-    connect(server)
-    await until(lambda: stubborn.started == [1])
+    server, _ = await evicting()
     second, third = connect(server), connect(server)
     await until(lambda: server.describe()["held"] == 1)
     second.reset()
@@ -814,12 +769,10 @@ async def test_one_that_is_evicted_before_its_start_never_starts(
 
 @ensureDeferred
 async def test_no_more_are_evicted_than_are_needed(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """A slot that is about to be free, and that nobody waits for, is enough."""
-    server = await serve(stubborn, max_connections=3, overflow="evict")
-    clients = [connect(server) for _ in range(3)]
-    await until(lambda: stubborn.started == [1, 2, 3])
+    server, clients = await evicting(3)
     connect(server)
     await until(lambda: stubborn.cancelled == [1])
     # The third ends by itself: the newcomer has its slot.
@@ -845,16 +798,12 @@ async def test_under_a_lowered_limit_as_many_go_as_a_newcomer_needs(
     server = await serve(
         staying.stream, max_connections=5, overflow="evict", clock=clock
     )
-    for number in range(1, 6):
-        connect(server)
-        await until(lambda number=number: len(staying.started) == number)
-        clock.advance(1)
+    await come(server, connect, staying, 5, clock)
     server.change(max_connections=2)
     await settle()
     assert server.num_connections == 5
     newcomer = connect(server)
-    newcomer.send(b"hello")
-    assert await in_thread(newcomer.read, 5) == b"hello"
+    assert await echoes(newcomer)
     assert server.num_connections == 2
     assert ends(server) == {"evicted": 4}
     server.invariant()
@@ -869,11 +818,7 @@ async def test_uncounted_ones_are_not_evicted(
     server = await serve(
         staying.stream, max_connections=3, overflow="evict", clock=clock
     )
-    clients = []
-    for number in range(1, 4):
-        clients.append(connect(server))
-        await until(lambda number=number: len(staying.started) == number)
-        clock.advance(1)
+    clients = await come(server, connect, staying, 3, clock)
     server.connection(1).uncount()
     clients.append(connect(server))
     await until(lambda: len(staying.started) == 4)
@@ -890,20 +835,17 @@ async def test_uncounted_ones_are_not_evicted(
     await until(lambda: len(staying.started) == 7)
     assert await in_thread(end_of, clients[3]) == (b"", "eof")
     for client in (clients[0], clients[2]):
-        client.send(b"there")
-        assert await in_thread(client.read, 5) == b"there"
+        assert await echoes(client)
     server.invariant()
 
 
 @ensureDeferred
 async def test_an_evicted_one_that_gives_its_slot_back_is_not_waited_for(
-    serve: Any, connect: Any, stubborn: Stubborn
+    evicting: Any, connect: Any, stubborn: Stubborn
 ) -> None:
     """``uncount`` of one that was evicted and does not end lets the newcomer in, and
     further ones can still evict that."""
-    server = await serve(stubborn, max_connections=1, overflow="evict")
-    connect(server)
-    await until(lambda: stubborn.started == [1])
+    server, _ = await evicting()
     connect(server)
     await until(lambda: server.describe()["held"] == 1)
     server.connection(1).uncount()
@@ -1011,12 +953,7 @@ class ClosesAtAccept(Observer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("held", [False, True])
 async def test_a_close_by_an_observer_starts_no_handler(
-    kind: str,
-    held: bool,
-    serve: Any,
-    connect: Any,
-    staying: Staying,
-    monkeypatch: Any,
+    kind: str, held: bool, serve: Any, connect: Any, staying: Staying, monkeypatch: Any
 ) -> None:
     """H5, also for a newcomer that is let in after it has waited."""
     observer = ClosesAtAccept()
@@ -1049,23 +986,17 @@ async def test_a_close_by_an_observer_starts_no_handler(
 @ensureDeferred
 @pytest.mark.parametrize("overflow", ["drop", "evict", BUSY])
 async def test_an_observer_that_raises_harms_nobody(
-    overflow: Any, serve: Any, connect: Any, staying: Staying, logs: Any
+    full: Any, overflow: Any, connect: Any, logs: Any
 ) -> None:
     """It is logged each time, and that is all."""
-    server = await serve(
-        staying.stream, max_connections=1, overflow=overflow, observer=Raising()
-    )
-    first = connect(server)
-    await until(lambda: staying.started)
+    server, first = await full(overflow=overflow, observer=Raising())
     second = connect(server)
     if overflow == "evict":
         assert await in_thread(end_of, first) == (b"", "eof")
-        second.send(b"hello")
-        assert await in_thread(second.read, 5) == b"hello"
+        assert await echoes(second)
     else:
         assert (await in_thread(end_of, second))[1] == "eof"
-        first.send(b"hello")
-        assert await in_thread(first.read, 5) == b"hello"
+        assert await echoes(first)
     assert {"ObserverError"} == {
         e["log_failure"].type.__name__ for e in logs.take(LogLevel.critical)
     }

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 ROOT = Path(__file__).parent.parent
 
 #: What the environment has in common with the one of the tests: what tcpsvc

@@ -26,10 +26,18 @@ from tcpsvc import (
     TcpService,
     WhereToListen,
 )
-from tests.kinds import Seen, Staying
-from tests.support import LOOPBACK, Client, in_thread, open_descriptors, turn, until
-from tests.test_accepting import OtherEndpoint, queued, settle
-from tests.test_drain import Fired
+from tests.kinds import OtherEndpoint, Seen, Staying
+from tests.support import (
+    LOOPBACK,
+    Client,
+    Fired,
+    in_thread,
+    open_descriptors,
+    settle,
+    turn,
+    until,
+)
+from tests.test_accepting import queued
 from tests.test_listeners import LOOPBACK6, Noted
 from tests.test_where import failing, make_with
 
@@ -51,8 +59,7 @@ def everywhere(tmp_path: Path) -> list[Any]:
 async def served(client: Client, line: bytes = b"line\n") -> None:
     """A client's line is answered, and it is said goodbye."""
     client.send(line)
-    client.shut()
-    assert await in_thread(client.read_all) == line + b"goodbye"
+    assert await in_thread(client.finish) == line + b"goodbye"
 
 
 def is_refused(address: Any) -> bool:
@@ -112,8 +119,7 @@ async def test_hold_lets_clients_wait_in_the_backlog(
     assert server.describe()["is_paused"] is None
     assert "paused (" not in repr(server)
     for client in waiting:
-        client.shut()
-        assert await in_thread(client.read_all) == b"early\ngoodbye"
+        assert await in_thread(client.finish) == b"early\ngoodbye"
 
 
 @ensureDeferred
@@ -218,8 +224,7 @@ async def test_a_port_that_cannot_be_gated_holds_whom_it_accepts(
     await until(lambda: server.describe()["held"] == 1)
     assert server.num_connections == 0
     await server.resume()
-    client.shut()
-    assert await in_thread(client.read_all) == b"early\ngoodbye"
+    assert await in_thread(client.finish) == b"early\ngoodbye"
 
 
 # Z3: refuse.
@@ -531,8 +536,7 @@ async def test_from_refuse_to_hold(serve: Any, connect: Any) -> None:
     await settle()
     assert accepted(server) == 0
     await server.resume()
-    client.shut()
-    assert await in_thread(client.read_all) == b"early\ngoodbye"
+    assert await in_thread(client.finish) == b"early\ngoodbye"
 
 
 @ensureDeferred

@@ -19,6 +19,8 @@ from tcpsvc import peers as peers_module
 from tcpsvc.peers import Key, Peers, Refusal
 from tcpsvc.rate import Rate
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 #: A time as a clock that counts from 1970 tells it: its steps are coarse.
 NOW = 1_790_000_000.0
 

@@ -36,7 +36,7 @@ from zope.interface import implementer
 
 from tcpsvc import Server, ServerFactory, WhereToListen
 from tests.support import LOOPBACK, PATIENCE, in_thread, the_reactor, turn, until
-from tests.tls import client_context, make_certificate
+from tests.tls import client_context, make_certificate, tls_endpoint
 
 
 class Errors:
@@ -308,10 +308,7 @@ async def test_an_ordinary_reason_is_none(
 
 def tls_place(tmp_path: Path) -> Any:
     """A TLS endpoint on a free port."""
-    pem = make_certificate(tmp_path)
-    return WhereToListen.of_endpoint(
-        f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-    )
+    return WhereToListen.of_endpoint(tls_endpoint(tmp_path))
 
 
 @ensureDeferred
@@ -593,12 +590,10 @@ async def test_a_half_closeable_protocol_is_told_of_the_half_close(
 
     server = await serve_protocol(Half)
     client = connect(server)
-    client.shut()
-    assert await in_thread(client.read_all) == b"after your FIN"
+    assert await in_thread(client.finish) == b"after your FIN"
     plain = await serve_protocol(Echo)
     client = connect(plain)
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
 
 
 @ensureDeferred

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from tcpsvc.rate import Rate, TokenBucket
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 #: A time as a clock that counts from 1970 tells it: its steps are coarse.
 NOW = 1_790_000_000.0
 

@@ -601,8 +601,7 @@ async def test_one_byte_segments_over_a_socket(serve: Any, connect: Any) -> None
     for byte in b"GET / HTTP/1.0\r\nHost: h\r\n\r\n12345tail":
         client.send(bytes([byte]))
         await turn()
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
     assert got == [b"GET / HTTP/1.0\r\nHost: h\r\n\r\n", b"12345", b"tail"]
 
 
@@ -628,8 +627,7 @@ async def test_an_over_long_line_of_a_client_can_be_skipped(
     server = await serve(handler, on_handler_error="raise", reader_buffer_size=1000)
     client = connect(server)
     client.send(b"first\n" + b"x" * 3500 + b"\n" + b"y" * 1000 + b"\n")
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
     assert got == [
         b"first\n",
         1000,
@@ -700,8 +698,7 @@ async def test_a_blasting_client_is_held_back_by_the_kernel(
     client.socket.settimeout(10)
     go_on.callback(None)
     await in_thread(client.send, bytes(total - sent))
-    client.shut()
-    assert await in_thread(client.read_all) == b""
+    assert await in_thread(client.finish) == b""
     assert sum(sums) == total
     assert max(sums) <= size + ONE_RECEIVE
 

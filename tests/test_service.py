@@ -26,11 +26,17 @@ from zope.interface.verify import verifyObject
 import tcpsvc
 from tcpsvc import LOCALHOST, TcpService, WhereToListen, daemon
 from tcpsvc.gate import Gate
-from tests.support import LOOPBACK, Logs, in_thread, the_reactor, turn, until
-from tests.test_drain import Fired
-from tests.test_twistd import refused, start, stop, twistd
-
-__all__ = ["start"]
+from tests.daemons import refused, stop, twistd
+from tests.support import (
+    LOOPBACK,
+    Fired,
+    Logs,
+    in_thread,
+    settle,
+    the_reactor,
+    turn,
+    until,
+)
 
 
 async def greet(address: Any, reader: Any, writer: Any) -> None:
@@ -39,12 +45,6 @@ async def greet(address: Any, reader: Any, writer: Any) -> None:
     async for line in reader:
         writer.write(line)
     writer.write(b"goodbye\n")
-
-
-@pytest.fixture
-def clock() -> Clock:
-    """What times the services."""
-    return Clock()
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ async def test_it_binds_in_privileged_start_and_lets_in_at_start(
     client = connect(one.server)
     client.send(b"early\n")
     client.shut()
-    await turn(0.01)
+    await settle()
     assert one.server.num_connections == 0
     one.startService()
     assert await in_thread(client.read_all) == b"hello\nearly\ngoodbye\n"
@@ -166,8 +166,7 @@ async def test_what_was_bound_before_is_adopted(service: Any, connect: Any) -> N
     one.startService()
     assert one.server is server
     assert await in_thread(client.read, 6) == b"hello\n"
-    client.shut()
-    assert await in_thread(client.read_all) == b"goodbye\n"
+    assert await in_thread(client.finish) == b"goodbye\n"
     await one.stopService()
 
 
@@ -244,8 +243,7 @@ async def test_a_stop_fires_when_the_last_handler_has_ended(
     assert await in_thread(refused, address)
     assert not over
     client.send(b"more\n")
-    client.shut()
-    assert await in_thread(client.read_all) == b"more\ngoodbye\n"
+    assert await in_thread(client.finish) == b"more\ngoodbye\n"
     await until(lambda: over and also)
     assert one.server is None
 
@@ -374,8 +372,7 @@ async def test_stopped_and_started_again_on_the_same_port(
         one.privilegedStartService()
         one.startService()
         client = connect(one.server)
-        client.shut()
-        assert await in_thread(client.read_all) == b"hello\ngoodbye\n"
+        assert await in_thread(client.finish) == b"hello\ngoodbye\n"
         client.close()
         await one.stopService()
 
@@ -390,8 +387,7 @@ async def test_stopped_and_started_again_on_the_same_path(
     for _ in range(2):
         one.startService()
         client = connect(one.server)
-        client.shut()
-        assert await in_thread(client.read_all) == b"hello\ngoodbye\n"
+        assert await in_thread(client.finish) == b"hello\ngoodbye\n"
         await one.stopService()
         assert not path.exists()
 
@@ -413,14 +409,12 @@ async def test_started_while_the_old_one_still_drains(
     assert await in_thread(new.read, 6) == b"hello\n"
     assert not over
     old.send(b"still\n")
-    old.shut()
-    assert await in_thread(old.read_all) == b"still\ngoodbye\n"
+    assert await in_thread(old.finish) == b"still\ngoodbye\n"
     await until(lambda: over)
     # The end of the old one is not the end of the new one.
     assert one.running
     new.send(b"here\n")
-    new.shut()
-    assert await in_thread(new.read_all) == b"here\ngoodbye\n"
+    assert await in_thread(new.finish) == b"here\ngoodbye\n"
     await one.stopService()
     assert clock.getDelayedCalls() == []
 
@@ -444,13 +438,11 @@ async def test_stopped_again_while_the_first_one_still_drains(
     over = Fired(one.stopService())
     try:
         assert second.is_closed
-        old.shut()
-        assert await in_thread(old.read_all) == b"goodbye\n"
+        assert await in_thread(old.finish) == b"goodbye\n"
         await until(lambda: first.num_connections == 0)
         await turn()
         assert not over
-        new.shut()
-        assert await in_thread(new.read_all) == b"goodbye\n"
+        assert await in_thread(new.finish) == b"goodbye\n"
         await until(lambda: over)
         assert clock.getDelayedCalls() == []
     finally:
@@ -470,10 +462,9 @@ async def test_stopped_and_started_and_stopped_in_one_turn(
     one.stopService()
     one.startService()
     over = Fired(one.stopService())
-    client.shut()
-    assert await in_thread(client.read_all) == b"goodbye\n"
+    assert await in_thread(client.finish) == b"goodbye\n"
     await until(lambda: over)
-    await turn(0.01)
+    await settle()
     try:
         assert await in_thread(refused, first.listening_on_address)
     finally:
@@ -547,8 +538,7 @@ async def test_an_endpoint_that_takes_its_time(service: Any, connect: Any) -> No
     endpoint.go.callback(None)
     assert bound
     client = connect(one.server)
-    client.shut()
-    assert await in_thread(client.read_all) == b"hello\ngoodbye\n"
+    assert await in_thread(client.finish) == b"hello\ngoodbye\n"
     client.close()
     await one.stopService()
 
@@ -576,7 +566,7 @@ async def test_bound_late_by_an_endpoint_but_not_started(
     endpoint.go.callback(None)
     client = connect(one.server)
     client.shut()
-    await turn(0.01)
+    await settle()
     assert one.server.num_connections == 0
     one.startService()
     assert await in_thread(client.read_all) == b"hello\ngoodbye\n"
@@ -703,8 +693,7 @@ async def test_in_a_multi_service(service: Any, connect: Any) -> None:
     for client in clients:
         await turn()
         assert not over
-        client.shut()
-        assert await in_thread(client.read_all) == b"goodbye\n"
+        assert await in_thread(client.finish) == b"goodbye\n"
     await until(lambda: len(over.results) == 1)
 
 
@@ -743,6 +732,7 @@ tcpsvc.TcpService(
 """
 
 
+@pytest.mark.whatever("engine")
 def test_a_tac_file_run_by_twistd(start: Any, connect: Any) -> None:
     """Bound as root in a directory of root's, served as nobody, and drained."""
     made = start(*twistd("--version"))

@@ -1122,6 +1122,7 @@ class InMemoryRaise(InMemory):
     policy = "raise"
 
 
+@pytest.mark.whatever("engine", "reactor")
 @pytest.mark.parametrize("machine", [InMemory, InMemoryCallable, InMemoryRaise])
 def test_in_memory_everything_is_as_the_model_says(machine: Any, logs: Logs) -> None:
     """

@@ -17,53 +17,21 @@ from typing import Any
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 
 from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, WhereToListen
 from tcpsvc.stream_connection import StreamConnection
+from tests.streams import Held, ended, outcome
 from tests.support import in_thread, turn, until
 
 #: More than the kernel takes of a client that does not read.
 MUCH = b"x" * 20_000_000
 
 
-def outcome(deferred: Any) -> list[Any]:
-    """
-    What a Deferred or a coroutine comes to, once it has: its result, or its
-    error.
-    """
-    results: list[Any] = []
-    if asyncio.iscoroutine(deferred):
-        deferred = Deferred.fromCoroutine(deferred)
-    deferred.addCallbacks(results.append, lambda f: results.append(f.value))
-    return results
-
-
-async def ended(results: list[Any]) -> Any:
-    """Wait for an outcome."""
-    await until(lambda: results)
-    return results[0]
-
-
-class Scene:
+class Scene(Held):
     """
     One connection. Its handler has given the streams to the test and waits to be
     told to end; six bytes of the client are in the reader's buffer.
     """
-
-    reader: Any = None
-    writer: Any = None
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.end: Deferred[None] = Deferred()
-        self.errors: list[BaseException] = []
-        self.server: Any = None
-        self.client: Any = None
-
-    async def handler(self, address: Any, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
-        await self.end
 
     async def closed(self) -> None:
         """Wait until the socket is closed."""
@@ -77,16 +45,9 @@ def scene(serve: Any, connect: Any) -> Callable[..., Awaitable[Scene]]:
 
     async def scene(before: bytes = b"before", **options: Any) -> Scene:
         made = Scene()
-        made.server = await serve(
-            made.handler,
-            clock=made.clock,
-            buffer_age_limit=10,
-            on_handler_error=lambda _, failure: made.errors.append(failure.value),
-            **options,
-        )
-        made.client = connect(made.server)
+        await made.begin(serve, connect, buffer_age_limit=10, **options)
         made.client.send(before)
-        await until(lambda: made.reader is not None)
+        await made.started()
         await until(lambda: made.reader.bytes_read >= len(before))
         return made
 

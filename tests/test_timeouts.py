@@ -20,7 +20,7 @@ from tcpsvc import Observer, Reason, Server, kernel
 from tcpsvc.clock import clock_of
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers, everywhere
-from tests.support import in_thread, the_reactor, turn, until
+from tests.support import in_thread, settle, the_reactor, turn, until
 
 #: More than the kernel takes of a client that does not read.
 MUCH = b"x" * 20_000_000
@@ -707,7 +707,7 @@ async def test_a_reset_is_no_byte(scene: Any, shuts: bool) -> None:
     if shuts:
         s.client.shut()
     s.client.reset()
-    await turn(0.01)
+    await settle()
     assert s.connection.bytes_in == 0
     assert s.connection.moved == 0
     assert not s.connection.has_received

@@ -13,29 +13,13 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
-from twisted.internet.task import Clock
 
 from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, WhereToListen
-from tcpsvc.kernel import base_transport
+from tests.streams import Held, ended, outcome
 from tests.support import Client, in_thread, turn, until
-from tests.tls import client_context, make_certificate
+from tests.tls import client_context, make_certificate, tls_endpoint
 
 MUCH = b"x" * 20_000_000
-
-
-def outcome(deferred: Any) -> list[Any]:
-    """What a Deferred comes to, once it has: its result, or its error."""
-    results: list[Any] = []
-    if not isinstance(deferred, Deferred):
-        deferred = Deferred.fromCoroutine(deferred)
-    deferred.addCallbacks(results.append, lambda f: results.append(f.value))
-    return results
-
-
-async def ended(results: list[Any]) -> Any:
-    """Wait for an outcome."""
-    await until(lambda: results)
-    return results[0]
 
 
 class TLSClient(Client):
@@ -66,45 +50,11 @@ def connect() -> Iterator[Callable[..., TLSClient]]:
 @pytest.fixture
 def where(tmp_path: Any) -> WhereToListen[Any, Any]:
     """A free port of the loopback address, with a certificate."""
-    pem = str(make_certificate(tmp_path)).replace(":", r"\:")
-    return WhereToListen.of_endpoint(
-        f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
-    )
+    return WhereToListen.of_endpoint(tls_endpoint(tmp_path))
 
 
-class Scene:
+class Scene(Held):
     """A connection whose streams the test holds."""
-
-    reader: Any = None
-    writer: Any = None
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.end: Deferred[None] = Deferred()
-        self.errors: list[BaseException] = []
-        self.server: Any = None
-        self.client: Any = None
-
-    async def handler(self, address: Any, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
-        await self.end
-
-    async def seconds_until(self, condition: Callable[[], Any], most: int = 60) -> int:
-        """Let seconds pass, with turns between; how many it took."""
-        for passed in range(most):
-            if condition():
-                return passed
-            self.clock.advance(1)
-            for _ in range(5):
-                await turn(0.001)
-        raise AssertionError(f"not within {most} s: {condition}")
-
-    def narrow(self) -> None:
-        """Make the kernel hold little; slow, where the client reads."""
-        self.client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        base_transport(self.writer.transport).getHandle().setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
-        )
 
     async def full(self) -> None:
         """Wait until the kernel takes no more of what was written."""
@@ -126,17 +76,10 @@ def scene(serve: Any, connect: Any, where: Any) -> Callable[..., Awaitable[Scene
 
     async def scene(handshake: bool = True, **options: Any) -> Scene:
         made = Scene()
-        made.server = await serve(
-            made.handler,
-            where=where,
-            clock=made.clock,
-            on_handler_error=lambda _, failure: made.errors.append(failure.value),
-            **options,
-        )
-        made.client = connect(made.server)
+        await made.begin(serve, connect, where=where, **options)
         if handshake:
             await in_thread(made.client.handshake)
-        await until(lambda: made.writer is not None)
+        await made.started()
         if handshake:
             # The client's last word of it may still be on its way.
             tls = made.writer.transport.getHandle()

@@ -7,7 +7,6 @@ import gc
 import os
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from zope.interface import implementer
 import tcpsvc.sockets
 import tcpsvc.unix_paths
 from tcpsvc import ALL_ADDRESSES, CHOSEN_BY_OS, LOCALHOST, Server, WhereToListen
+from tests.scripts import Script
 from tests.support import (
     LOOPBACK,
     PATIENCE,
@@ -671,82 +671,70 @@ async def test_a_file_that_is_no_socket_is_left_alone(
 
 RACER = """
 import sys
-from tcpsvc import Server, WhereToListen
+from twisted.internet import defer, reactor, stdio
 from twisted.internet.error import CannotListenError
-where = WhereToListen.of_file(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    made = []
-    Server.create(where, lambda a, r, w: w.write(sys.argv[2].encode()),
-                  on_handler_error="raise").addCallbacks(
-        made.append, lambda f: f.trap(CannotListenError))
-    print("won" if made else "lost", flush=True)
-except BaseException as error:
-    print("broken", error, flush=True)
-    raise
-if made:
-    from twisted.internet import reactor, stdio
-    from twisted.internet.protocol import Protocol
-    class UntilTold(Protocol):
-        def connectionLost(self, reason):
-            made[0].close().addCallback(lambda _: reactor.stop())
-    stdio.StandardIO(UntilTold())
-    reactor.run()
-else:
-    sys.stdin.readline()
+from twisted.protocols.basic import LineReceiver
+from tcpsvc import Server, WhereToListen
+
+servers = []
+
+async def start(path):
+    try:
+        servers.append(
+            await Server.create(
+                WhereToListen.of_file(path),
+                lambda address, reader, writer: writer.write(sys.argv[1].encode()),
+                on_handler_error="raise",
+            )
+        )
+    except CannotListenError:
+        print("lost", flush=True)
+    else:
+        print("won", flush=True)
+
+class Starter(LineReceiver):
+    delimiter = b"\\n"
+
+    def connectionMade(self):
+        print("ready", flush=True)
+
+    def lineReceived(self, path):
+        defer.ensureDeferred(start(path.decode()))
+
+    def connectionLost(self, reason):
+        closing = defer.gatherResults([server.close() for server in servers])
+        closing.addCallback(lambda _: reactor.stop())
+
+stdio.StandardIO(Starter())
+reactor.run()
 """
 
 
-def race_once(path: Path) -> list[str]:
-    """Two starters race for a stale path. Returns how each ended."""
-    root = Path(__file__).parent.parent
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACER, str(path), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=root,
-        )
-        for name in "ab"
-    ]
-    try:
-        for racer in racers:
-            assert racer.stdout and racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            assert racer.stdin
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        ends = [racer.stdout.readline().strip() for racer in racers if racer.stdout]
-        if "won" in ends:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-                client.settimeout(PATIENCE)
-                client.connect(str(path))
-                ends.append(client.recv(1).decode())
-        return ends
-    finally:
-        for racer in racers:
-            assert racer.stdin and racer.stdout
-            racer.stdin.close()
-            try:
-                racer.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                racer.kill()
-                racer.wait()
-            racer.stdout.close()
-
-
+@pytest.mark.whatever("engine")
 @ensureDeferred
 async def test_of_two_starters_one_wins_a_stale_path(tmp_path: Path) -> None:
     """W6: two processes; the winner serves, the loser says so, none is removed."""
-    for attempt in range(3):
-        path = tmp_path / f"s{attempt}"
+    paths = [tmp_path / f"s{attempt}" for attempt in range(10)]
+    for path in paths:
         leave_stale(path)
-        ends = await in_thread(race_once, path)
-        assert sorted(ends[:2]) == ["lost", "won"]
-        assert ends[2] == "ab"[ends.index("won")]
-        assert not path.exists()
+
+    def race() -> None:
+        with Script(RACER, "a") as one, Script(RACER, "b") as other:
+            racers = one, other
+            assert [racer.line() for racer in racers] == ["ready", "ready"]
+            for path in paths:
+                for racer in racers:
+                    racer.tell(str(path))
+                ends = [racer.line() for racer in racers]
+                assert sorted(ends) == ["lost", "won"]
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                    client.settimeout(PATIENCE)
+                    client.connect(str(path))
+                    assert client.recv(1).decode() == "ab"[ends.index("won")]
+            assert [racer.end() for racer in racers] == [0, 0]
+
+    await in_thread(race)
+    assert not [path for path in paths if path.exists()]
 
 
 @ensureDeferred
@@ -1292,9 +1280,8 @@ class SlowEndpoint:
         self.result.callback(self.port)
 
 
-@ensureDeferred
-async def test_a_cancelled_create_whose_endpoint_never_fires() -> None:
-    """W8: it fails with CancelledError at once."""
+async def cancelled_while_it_waits() -> SlowEndpoint:
+    """What a create was waiting for when it was cancelled."""
     endpoint = SlowEndpoint()
     creating = Server.create(
         WhereToListen.of_endpoint(endpoint), greet, on_handler_error="ignore"
@@ -1302,18 +1289,19 @@ async def test_a_cancelled_create_whose_endpoint_never_fires() -> None:
     creating.cancel()
     with pytest.raises(CancelledError):
         await creating
+    return endpoint
+
+
+@ensureDeferred
+async def test_a_cancelled_create_whose_endpoint_never_fires() -> None:
+    """W8: it fails with CancelledError at once."""
+    await cancelled_while_it_waits()
 
 
 @ensureDeferred
 async def test_a_cancelled_create_closes_a_port_that_comes_late() -> None:
     """W8: nothing is left open, and nobody is served meanwhile."""
-    endpoint = SlowEndpoint()
-    creating = Server.create(
-        WhereToListen.of_endpoint(endpoint), greet, on_handler_error="ignore"
-    )
-    creating.cancel()
-    with pytest.raises(CancelledError):
-        await creating
+    endpoint = await cancelled_while_it_waits()
     endpoint.do_listen()
     await until(lambda: not endpoint.port.connected)
     with pytest.raises(ConnectionRefusedError):
@@ -1323,13 +1311,7 @@ async def test_a_cancelled_create_closes_a_port_that_comes_late() -> None:
 @ensureDeferred
 async def test_a_cancelled_create_whose_endpoint_fails_late() -> None:
     """W8: the late failure is nobody's unhandled error."""
-    endpoint = SlowEndpoint()
-    creating = Server.create(
-        WhereToListen.of_endpoint(endpoint), greet, on_handler_error="ignore"
-    )
-    creating.cancel()
-    with pytest.raises(CancelledError):
-        await creating
+    endpoint = await cancelled_while_it_waits()
     endpoint.result.errback(CannotListenError("", 0, OSError(1, "late")))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -26,45 +25,14 @@ from tcpsvc import (
     WhereToListen,
     kernel,
 )
-from tests.support import in_thread, turn, until
+from tests.streams import Held, ended, outcome
+from tests.support import in_thread, settle, turn, until
 
 MUCH = b"x" * 20_000_000
 
 
-def outcome(deferred: Any) -> list[Any]:
-    """
-    What a Deferred or a coroutine comes to, once it has: its result, or its
-    error.
-    """
-    results: list[Any] = []
-    if asyncio.iscoroutine(deferred):
-        deferred = Deferred.fromCoroutine(deferred)
-    deferred.addCallbacks(results.append, lambda f: results.append(f.value))
-    return results
-
-
-async def ended(results: list[Any]) -> Any:
-    """Wait for an outcome."""
-    await until(lambda: results)
-    return results[0]
-
-
-class Scene:
+class Scene(Held):
     """A connection whose streams the test holds."""
-
-    reader: Any = None
-    writer: Any = None
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.end: Deferred[None] = Deferred()
-        self.errors: list[BaseException] = []
-        self.server: Any = None
-        self.client: Any = None
-
-    async def handler(self, address: Any, reader: Any, writer: Any) -> None:
-        self.reader, self.writer = reader, writer
-        await self.end
 
     async def seconds(self, n: int) -> None:
         """Let seconds pass, with turns between."""
@@ -84,14 +52,8 @@ def scene(serve: Any, connect: Any, tmp_path: Any) -> Callable[..., Awaitable[Sc
         made = Scene()
         if narrow:
             options["where"] = WhereToListen.of_file(tmp_path / "socket")
-        made.server = await serve(
-            made.handler,
-            clock=made.clock,
-            on_handler_error=lambda _, failure: made.errors.append(failure.value),
-            **options,
-        )
-        made.client = connect(made.server)
-        await until(lambda: made.writer is not None)
+        await made.begin(serve, connect, **options)
+        await made.started()
         if narrow:
             made.writer.transport.getHandle().setsockopt(
                 socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
@@ -238,9 +200,9 @@ async def test_flushed_is_of_what_was_written_before_it(scene: Any) -> None:
     # The client has read all the first, so the kernel has taken it; of the rest
     # the kernel takes some tens of kilobytes.
     await in_thread(s.client.read, 100_000)
-    for _ in range(50):
-        await turn(0.001)
-    assert (flushing, later) == ([None], [])
+    assert await ended(flushing) is None
+    await settle()
+    assert later == []
     await in_thread(s.client.read, 1_000_000)
     assert await ended(later) is None
 
@@ -601,8 +563,7 @@ async def test_only_bytes_that_still_wait_have_an_age(scene: Any) -> None:
     await s.seconds(12)
     s.writer.write(b"y" * 60_000)
     await in_thread(s.client.read, 60_000)
-    for _ in range(50):
-        await turn(0.001)
+    await until(lambda: s.writer.bytes_to_write <= 60_000)
     # Of the first, nothing waits now; the second is 14 s old at the end of this.
     await s.seconds(14)
     assert s.errors == []

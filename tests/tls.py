@@ -57,3 +57,9 @@ def client_context() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def tls_endpoint(directory: Path) -> str:
+    """The description of an endpoint for TLS, on a free port of localhost."""
+    pem = str(make_certificate(directory)).replace(":", r"\:")
+    return f"ssl:0:interface=127.0.0.1:privateKey={pem}:certKey={pem}"
