@@ -23,6 +23,7 @@ async def main(reactor):
                 reader.connection.label = command.removeprefix("I am ")
             elif command == "close":
                 server.change(deny=["127.0.0.0/8"])
+                writer.write(b"closed\n")
 
     server = await Server.create(
         WhereToListen.bind_to(LOCALHOST, 8018),

@@ -165,8 +165,8 @@ class _SendsAtOnce(Watched):
         """
         Read what has come already. The kernel is asked to tell of more only by
         :meth:`go_on_reading`, after the handler's start: most short connections are
-        over by then, which saves them to be added and removed, 7 % of their life,
-        and the handler to be suspended, 5 %.
+        over by then. That they are never added and removed, nor their handlers
+        suspended, is 17 % of their life, and 3 % of one that goes on.
         """
         group = self._group
         if self.plain_socket is None or group.first_bytes <= 0:
