@@ -13,9 +13,10 @@ from twisted.internet.defer import Deferred
 
 from tcpsvc import Reason
 from tcpsvc.engine.subreactor import (
+    FAILED_FIRST_READS,
     LEAST_RECEIVED,
     MOST_RECEIVED,
-    MOST_TURNS_OF_WAITING,
+    MOST_TURNS_OF_REST,
     SubReactor,
 )
 from tests.support import in_thread, the_reactor, turn, until
@@ -256,10 +257,12 @@ async def test_clients_that_do_not_speak_first_are_tried_ever_more_seldom(
     """Each failed try costs a system call."""
     watching = Watching()
     server = await serve(watching.handle)
-    tried: list[int] = []
-    client = connect(server)
-    await until(lambda: server.connections and group().getReaders())
-    assert group().first_bytes == 0
+    tried: list[bool] = []
+    for n in range(1, FAILED_FIRST_READS + 1):
+        client = connect(server)
+        await until(lambda n=n: len(group().getReaders()) == n)  # type: ignore[misc]
+        tried.append(group().first_bytes > 0)
+    assert tried == [True] * (FAILED_FIRST_READS - 1) + [False]
     rests = []
     for _ in range(8):
         before = group().turn
@@ -268,10 +271,13 @@ async def test_clients_that_do_not_speak_first_are_tried_ever_more_seldom(
             await in_thread(client.read, 2)
         rests.append(group().turn - before)
         group().first_read_failed()
-        tried.append(group().first_bytes)
-    assert rests == [2, 3, 5, 9, 17, 33, 33, 33]
-    assert max(rests) == MOST_TURNS_OF_WAITING + 1
-    assert tried == [0] * 8
+        assert not group().first_bytes
+    assert rests == [1, 2, 4, 8, 16, 32, 32, 32]
+    assert max(rests) == MOST_TURNS_OF_REST
+    group().first_read_succeeded(0)
+    group().first_bytes = 1
+    group().first_read_failed()
+    assert group().first_bytes == 1
     client.shut()
     await watching.ended
 

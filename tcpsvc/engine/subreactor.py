@@ -59,9 +59,11 @@ LEAST_RECEIVED = 4096
 MOST_CREDIT = 8192
 CREDIT_OF_ONE = 512
 
-#: After so many turns, at most, new connections are read from at once again, since
-#: clients had not sent anything yet: each power of two of them costs a system call.
-MOST_TURNS_OF_WAITING = 32
+#: When so many new clients in a row had not sent anything yet, others are read from
+#: first only after the next turn; one more, and it is two turns, then four, up to
+#: this. To try costs a system call, to succeed saves three.
+FAILED_FIRST_READS = 4
+MOST_TURNS_OF_REST = 32
 
 _IN: int = getattr(select, "EPOLLIN", 0)
 _OUT: int = getattr(select, "EPOLLOUT", 0)
@@ -122,9 +124,8 @@ class SubReactor:
         self.served: Any = None
         self.receive_size = MOST_RECEIVED
         self.first_bytes = MOST_RECEIVED
-        #: For how many turns first reads rest after the next one that fails, and up
-        #: to which turn they do.
-        self._rest = 1
+        #: How many first reads in a row have failed, and up to which turn they rest.
+        self._failed_first_reads = 0
         self._rests_until = 0
         self._credit = 0
         self._poller: Any = None
@@ -271,13 +272,16 @@ class SubReactor:
     def first_read_succeeded(self, size: int) -> None:
         """A new client's first bytes were there."""
         self.first_bytes -= size
-        self._rest = 1
+        self._failed_first_reads = 0
 
     def first_read_failed(self) -> None:
-        """They were not: with clients like this it is better to wait for them."""
-        self.first_bytes = 0
-        self._rests_until = self.turn + self._rest
-        self._rest = min(2 * self._rest, MOST_TURNS_OF_WAITING)
+        """They were not: of many like this, wait for the kernel to tell."""
+        self._failed_first_reads += 1
+        excess = self._failed_first_reads - FAILED_FIRST_READS
+        if excess >= 0:
+            self.first_bytes = 0
+            rest = min(1 << excess, MOST_TURNS_OF_REST) - 1
+            self._rests_until = self.turn + rest
 
     # The own descriptor, in the main reactor.
 
