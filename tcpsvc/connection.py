@@ -35,7 +35,6 @@ from zope.interface import implementer
 from tcpsvc import kernel
 from tcpsvc._waiters import Event
 from tcpsvc.address_text import address_text
-from tcpsvc.clock import SteadyClock
 from tcpsvc.counters import Counters
 from tcpsvc.driver import Driver
 from tcpsvc.error_log import ErrorLog
@@ -45,7 +44,8 @@ from tcpsvc.interfaces import IConnection
 from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
-from tcpsvc.snapshot import Bytes, ConnectionSnapshot
+from tcpsvc.snapshot import ConnectionSnapshot
+from tcpsvc.traffic import Traffic
 
 AddressT = TypeVar("AddressT")
 
@@ -135,7 +135,7 @@ class Owner(Protocol):
 
 
 @implementer(IConnection)
-class Connection(Generic[AddressT]):
+class Connection(Traffic, Generic[AddressT]):
     """
     What every live connection has.
 
@@ -150,9 +150,6 @@ class Connection(Generic[AddressT]):
 
     __slots__ = (
         "__weakref__",
-        "_accepted_at",
-        "_active_at",
-        "_at_end",
         "_closed_by_server",
         "_error",
         "_error_reported",
@@ -160,12 +157,10 @@ class Connection(Generic[AddressT]):
         "_handler_cancelled",
         "_handler_state",
         "_has_eof",
-        "_has_received",
         "_is_delivering",
         "_is_released",
         "_is_closed_with_the_server",
         "is_ended",
-        "_moved",
         "_running",
         "_socket_closed",
         "_when_draining",
@@ -178,18 +173,18 @@ class Connection(Generic[AddressT]):
         "reason",
     )
 
+    _factory: Owner
+
     def __init__(self, factory: Owner, id: int, peer: AddressT) -> None:
         self._factory = factory
         self.id = id
         self.peer = peer
-        now: float = factory.clock.seconds()
-        self._accepted_at = now
-        self._active_at = now
+        self._accepted_at = self._active_at = factory.clock.seconds()
         self._moved = 0
         self._has_received = False
+        self._at_end = None
         #: Whether the client has ended its side.
         self._has_eof = False
-        self._at_end: tuple[float, Bytes] | None = None
         self.is_accepted = False
         self.is_ended = False
         self.had_eof_of_drain = False
@@ -223,10 +218,6 @@ class Connection(Generic[AddressT]):
 
     def abort(self) -> None:
         """Close the socket at once with a reset."""
-        raise NotImplementedError  # pragma: no cover
-
-    def _bytes(self) -> Bytes:
-        """Bytes in and out, ``None`` where nobody knows."""
         raise NotImplementedError  # pragma: no cover
 
     # Transitions.
@@ -349,41 +340,6 @@ class Connection(Generic[AddressT]):
         self.socket_closed()
         self._release_if_over()
 
-    @property
-    def has_received(self) -> bool:
-        """Whether the client has sent anything; true where nobody knows."""
-        if not self._has_received:
-            connected = self._connected_socket()
-            self._has_received = self._bytes_seen()[0] != 0 or (
-                # Its protocol may have paused it.
-                connected is not None and kernel.has_input(connected)
-            )
-        return self._has_received
-
-    @property
-    def delivered(self) -> int | None:
-        """
-        Bytes that have come, and that the client's kernel has acknowledged;
-        ``None`` where nobody knows.
-        """
-        received, acknowledged = kernel.traffic(self._connected_socket())
-        if received is None or acknowledged is None:
-            return None
-        return received + acknowledged
-
-    def _connected_socket(self) -> Any:
-        """Its socket, if it has one and it is open."""
-        return None
-
-    def _bytes_seen(self) -> Bytes:
-        """As :meth:`_bytes`, for whom only changes matter."""
-        return self._bytes()
-
-    @property
-    def bytes_waiting(self) -> int:
-        """Bytes that wait to be sent, as far as is known."""
-        return 0
-
     def handler_ended(self, failure: Failure | None) -> None:
         """The handler has finished, with what it raised or ``None``."""
         self._running = None
@@ -466,17 +422,6 @@ class Connection(Generic[AddressT]):
             self._socket_closed.happen()
         self._factory.descriptor_closed()
         self._release_if_over()
-
-    def _note_bytes(self) -> None:
-        """
-        Note how old it is and what it has moved, for observers: at its release, and
-        before, when the socket is about to be closed that is to be asked.
-        """
-        before = self._at_end
-        self._at_end = (
-            float(self._factory.clock.seconds() - self._accepted_at),
-            self._bytes() if before is None else before[1],
-        )
 
     def _release_if_over(self) -> None:
         if (
@@ -600,61 +545,6 @@ class Connection(Generic[AddressT]):
     def holds_slot(self) -> bool:
         """Whether it counts against ``max_connections``."""
         return self._factory.holds_slot(self)
-
-    @property
-    def age(self) -> float:
-        """Seconds since the accept; up to the end, once it is over."""
-        if self._is_released and self._at_end is not None:
-            return self._at_end[0]
-        return float(self._factory.clock.seconds() - self._accepted_at)
-
-    @property
-    def bytes_in(self) -> int | None:
-        """Bytes received."""
-        return self._known_bytes()[0]
-
-    @property
-    def bytes_out(self) -> int | None:
-        """Bytes that the kernel has taken."""
-        return self._known_bytes()[1]
-
-    def _known_bytes(self) -> Bytes:
-        if self._at_end is not None:
-            return self._at_end[1]
-        return (None, None) if self._is_released else self._bytes()
-
-    def look(self, now: float) -> float:
-        """
-        See whether it has moved a byte since the last look.
-
-        :returns: the time of the last look that found so.
-        """
-        bytes_in, bytes_out = self._bytes_seen()
-        moved = -1 if bytes_in is None else bytes_in + (bytes_out or 0)
-        if moved == -1:
-            self._moved = -1
-        elif moved != self._moved:
-            self._moved = moved
-            self._active_at = now
-        return self._active_at
-
-    @property
-    def moved(self) -> int:
-        """Bytes moved, either way, up to the last look; -1 when nobody knows."""
-        return self._moved
-
-    def _idle(self, now: float) -> float:
-        """Seconds without a byte."""
-        if self._is_released:
-            return now - self._active_at
-        by_kernel = None
-        # Its clock is the kernel's only where it is steady.
-        if not self._factory.looks and type(self._factory.clock) is SteadyClock:
-            by_kernel = kernel.idle(self._connected_socket())
-        # The kernel counts from before the accept, in its own ticks.
-        if by_kernel is None:
-            return now - self.look(now)
-        return min(by_kernel, now - self._accepted_at)
 
     def snapshot(self) -> ConnectionSnapshot:
         """Its state now."""
