@@ -8,7 +8,7 @@ are refused, :mod:`tcpsvc.refusing`'s.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from tcpsvc.peers import Key, Peers
@@ -23,8 +23,10 @@ class Admission:
 
     :param settings: what they are.
     :ivar asks: whether there is any: if not, nobody need be asked about.
-    :ivar counts: whether those who are let in need be counted.
+    :ivar has_rate: whether those who are let in take tokens.
     :ivar counts_peers: whether any is per peer.
+    :ivar tried_out: limits in a dry run that would have kept somebody out, since they
+        were last told of.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -34,6 +36,7 @@ class Admission:
         self._keys: dict[int, Key] = {}
         self._bucket: TokenBucket | None = None
         self.counts_peers = False
+        self.tried_out: list[Reason] = []
         self.change(settings, (), 0.0)
 
     def change(self, settings: Settings, present: Iterable[Any], now: float) -> None:
@@ -68,7 +71,7 @@ class Admission:
             self._bucket = TokenBucket(settings.accept_rate)
         elif self._bucket.rate != settings.accept_rate:
             self._bucket.change(settings.accept_rate, now)
-        self.counts = self.counts_peers or self._bucket is not None
+        self.has_rate = self._bucket is not None
 
     def _recount(self, settings: Settings, present: Iterable[Any]) -> None:
         for key in self._keys.values():
@@ -78,14 +81,11 @@ class Admission:
         for connection in present:
             self.enter(connection, host_of(connection.peer), 0.0)
 
-    def refusal(
-        self, host: str | None, now: float, in_dry_run: Callable[[Reason], object]
-    ) -> Reason | None:
+    def refusal(self, host: str | None, now: float) -> Reason | None:
         """
-        The limit that refuses a client.
+        The limit that refuses a client. What would is in :attr:`tried_out`.
 
         :param host: its IP address; ``None`` for a UNIX client, which none refuses.
-        :param in_dry_run: told what would refuse it, too.
         """
         if host is None:
             return None
@@ -100,7 +100,7 @@ class Admission:
                 return Reason.DENIED
             would_deny = True
         if would_deny:
-            in_dry_run(Reason.DENIED)
+            self.tried_out.append(Reason.DENIED)
         if not self.counts_peers:
             return None
         peers = self._peers
@@ -109,18 +109,18 @@ class Admission:
         if refused_by == "connections":
             if "max_connections_per_peer" not in settings.dry_run:
                 return Reason.PEER_CONNECTIONS
-            in_dry_run(Reason.PEER_CONNECTIONS)
+            self.tried_out.append(Reason.PEER_CONNECTIONS)
             # The other limit is still to be asked.
             if peers.comes_too_often(key, now):
                 refused_by = "rate"
         if refused_by == "rate":
             if "accept_rate_per_peer" not in settings.dry_run:
                 return Reason.PEER_RATE
-            in_dry_run(Reason.PEER_RATE)
+            self.tried_out.append(Reason.PEER_RATE)
         return None
 
     def enter(self, connection: Any, host: str | None, now: float) -> None:
-        """A connection is let in."""
+        """A connection is let in, and counts for its peer if there are such limits."""
         if self.counts_peers and host is not None:
             key = self._keys[connection.id] = self._peers.key_of(host)
             self._peers.enter(key, now)
@@ -132,18 +132,20 @@ class Admission:
             if key is not None:
                 self._peers.leave(key)
 
-    def take_token(self, now: float, in_dry_run: Callable[[], object]) -> None:
+    def take_token(self, now: float) -> float:
         """
-        A client was accepted.
+        A client was accepted. That it would have had to wait is in :attr:`tried_out`.
 
-        :param in_dry_run: told if it would have had to wait.
+        :returns: how many seconds the next client is to wait for.
         """
-        if (
-            self._bucket is not None
-            and not self._bucket.take(now)
-            and "accept_rate" in self._settings.dry_run
-        ):
-            in_dry_run()
+        if self._bucket is None:
+            return 0.0
+        was_there = self._bucket.take(now)
+        if "accept_rate" in self._settings.dry_run:
+            if not was_there:
+                self.tried_out.append(Reason.ACCEPT_RATE)
+            return 0.0
+        return self._bucket.wait(now)
 
     def wait(self, now: float) -> float:
         """

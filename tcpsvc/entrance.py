@@ -262,13 +262,9 @@ class Entrance(protocol.ServerFactory):
         if self.is_dropping:
             return Reason.DROPPED, "drop"
         if self._admission.asks:
-            reason = self._admission.refusal(
-                host,
-                self.clock.seconds(),
-                lambda reason: self._refusal_log.in_dry_run(
-                    address_of(address), reason
-                ),
-            )
+            reason = self._admission.refusal(host, self.clock.seconds())
+            if self._admission.tried_out:
+                self._tell_what_was_tried_out(address_of(address))
             if reason is not None:
                 return reason, self.settings.refusal
         if not self.slots.is_full:
@@ -379,7 +375,7 @@ class Entrance(protocol.ServerFactory):
         is_early = self._rate_wait is not None or bool(self._too_early)
         if is_early:
             self._too_early.add(connection.id)
-        elif self._admission.counts:
+        elif self._admission.has_rate:
             self._take_token(connection)
         if self._admission.counts_peers:
             now = self.clock.seconds()
@@ -392,14 +388,17 @@ class Entrance(protocol.ServerFactory):
         )
 
     def _take_token(self, connection: Connection[Any]) -> None:
-        if self.settings.accept_rate is None:
-            return
-        now = self.clock.seconds()
-        log = self._refusal_log
-        self._admission.take_token(
-            now, lambda: log.in_dry_run(connection.peer, Reason.ACCEPT_RATE)
-        )
-        self._wait_for_rate(now)
+        wait = self._admission.take_token(self.clock.seconds())
+        if self._admission.tried_out:
+            self._tell_what_was_tried_out(connection.peer)
+        if wait > 0:
+            self._wait_for_rate(wait)
+
+    def _tell_what_was_tried_out(self, client: Any) -> None:
+        reasons = self._admission.tried_out[:]
+        self._admission.tried_out.clear()
+        for reason in reasons:
+            self._refusal_log.in_dry_run(client, reason)
 
     def take_socket(self, client: Any, address: Any) -> None:
         """A gate has accepted a plain socket."""
@@ -495,11 +494,14 @@ class Entrance(protocol.ServerFactory):
         connection.is_accepted = True
         self.events.connection_accepted(connection)
 
-    def _wait_for_rate(self, now: float | None = None) -> None:
-        """Have the next client wait until accept_rate allows one."""
+    def _rate_as_set(self) -> None:
+        """There is another accept_rate."""
+        self._wait_for_rate(self._admission.wait(self.clock.seconds()))
+
+    def _wait_for_rate(self, wait: float) -> None:
+        """Have the next client wait for so many seconds, for accept_rate."""
         was_waiting = self._rate_wait is not None
         self._stop_waiting_for_rate()
-        wait = self._admission.wait(self.clock.seconds() if now is None else now)
         if wait > 0 and not self.is_closed:
             self._rate_wait = self.clock.callLater(wait, self._rate_allows)
             if not was_waiting:
@@ -544,9 +546,12 @@ class Entrance(protocol.ServerFactory):
         if self._sweeper.timer is not None:
             self._sweeper.forget(connection)
         if self._is_limited:
-            self._admission.leave(connection)
-            self._eviction.forget(connection)
-            self._timeouts.forget(connection)
+            if self._admission.counts_peers:
+                self._admission.leave(connection)
+            if self._eviction.evicted:
+                self._eviction.forget(connection)
+            if self._timeouts.windows:
+                self._timeouts.forget(connection)
             self._told.pop(connection.id, None)
         if error is not None:
             self.report(connection.peer, error)
@@ -605,7 +610,7 @@ class Entrance(protocol.ServerFactory):
         if interval is None and self.settings.overflow == "evict":
             interval = RANKING_LASTS
         self._sweeper.sweep_all(interval)
-        if interval is not None or self._admission.counts:
+        if interval is not None or self._admission.counts_peers:
             self._is_limited = True
 
     def _look_at_timeouts(self, connection: Any, now: float) -> None:
@@ -653,7 +658,7 @@ class Entrance(protocol.ServerFactory):
                 for c in live.values()
             ),
             "only live connections are remembered": self._told.keys() <= live.keys()
-            and set(self._timeouts.watched) <= live.keys(),
+            and self._timeouts.windows.keys() <= live.keys(),
         }
         broken += [check for check, holds in checks.items() if not holds]
         return [*broken, *self._sweeper.broken(), *self._replies.broken()]

@@ -38,12 +38,12 @@ class Eviction:
         #: How many of the ranking may go before there may be a new one.
         self._left = 0.0
         #: Ids of live connections that were chosen.
-        self._evicted: set[int] = set()
+        self.evicted: set[int] = set()
 
     @property
     def under_way(self) -> int:
         """How many were chosen and still hold their slots."""
-        return len(self._evicted)
+        return len(self.evicted)
 
     def choose(self, now: float) -> Any:
         """
@@ -61,7 +61,7 @@ class Eviction:
             chosen = self._next(now)
         if chosen is not None:
             self._left -= 1
-            self._evicted.add(chosen.id)
+            self.evicted.add(chosen.id)
         return chosen
 
     def _rank(self, now: float) -> None:
@@ -90,7 +90,7 @@ class Eviction:
 
     def _candidate(self, id: int) -> Any:
         connection = self._slots.live.get(id)
-        if connection is None or id in self._evicted:
+        if connection is None or id in self.evicted:
             return None
         return connection if self._slots.holds(connection) else None
 
@@ -98,8 +98,8 @@ class Eviction:
         """What does not hold, and ought to."""
         slots = self._slots
         holding = {c.id for c in slots.live.values() if slots.holds(c)}
-        return [] if self._evicted <= holding else ["who is evicted holds a slot"]
+        return [] if self.evicted <= holding else ["who is evicted holds a slot"]
 
     def forget(self, connection: Any) -> None:
         """It holds no slot any more."""
-        self._evicted.discard(connection.id)
+        self.evicted.discard(connection.id)

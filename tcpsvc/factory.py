@@ -199,7 +199,7 @@ class ServerFactory(Entrance):
         if settings.accept_rate != before.accept_rate or "accept_rate" in (
             settings.dry_run ^ before.dry_run
         ):
-            self._wait_for_rate()
+            self._rate_as_set()
         self._place_found()
 
     def set_handler(self, handler: Any) -> None:

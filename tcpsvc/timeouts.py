@@ -8,7 +8,6 @@ over not before its time, and up to a quarter of it, or a second, later.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 from tcpsvc.reasons import Reason
@@ -34,7 +33,7 @@ class Timeouts:
         self._settings = settings
         #: Of connections that are watched for their throughput: since when, and how
         #: many bytes they had moved by then, and delivered, where that is known.
-        self._windows: dict[int, tuple[float, int, int | None]] = {}
+        self.windows: dict[int, tuple[float, int, int | None]] = {}
         self.change(settings)
 
     def change(self, settings: Settings) -> None:
@@ -51,7 +50,7 @@ class Timeouts:
             settings.min_throughput,
             settings.throughput_window,
         ):
-            self._windows.clear()
+            self.windows.clear()
 
     @property
     def shortest(self) -> float | None:
@@ -121,15 +120,15 @@ class Timeouts:
         A kernel that is full takes more only when a third of what it holds is gone,
         so what the client's has acknowledged counts, too.
         """
-        window = self._windows.get(connection.id)
+        window = self.windows.get(connection.id)
         if window is None:
-            self._windows[connection.id] = (now, connection.moved, connection.delivered)
+            self.windows[connection.id] = (now, connection.moved, connection.delivered)
             return False
         since, moved_before, delivered_before = window
         if now - since < self._settings.throughput_window:
             return False
         moved, delivered = connection.moved, connection.delivered
-        self._windows[connection.id] = (now, moved, delivered)
+        self.windows[connection.id] = (now, moved, delivered)
         delta = moved - moved_before
         if delivered is not None and delivered_before is not None:
             delta = max(delta, delivered - delivered_before)
@@ -139,9 +138,4 @@ class Timeouts:
 
     def forget(self, connection: Any) -> None:
         """It is over."""
-        self._windows.pop(connection.id, None)
-
-    @property
-    def watched(self) -> Collection[int]:
-        """The ids of those whose throughput is known."""
-        return self._windows.keys()
+        self.windows.pop(connection.id, None)

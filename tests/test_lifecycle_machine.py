@@ -793,7 +793,7 @@ class Lifecycle(RuleBasedStateMachine):
         if options["overflow"] == "hold":
             return ""
         if options["overflow"] == "evict":
-            evicted = self.factory._eviction._evicted
+            evicted = self.factory._eviction.evicted
             if all(i in evicted or not slots.holds(c) for i, c in slots.live.items()):
                 return ""
             return "nobody was evicted"

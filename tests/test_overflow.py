@@ -258,7 +258,7 @@ async def test_more_than_256_replies_at_a_time_are_resets(
         # Who has sent something and does not close is waited for.
         for _ in range(300):
             clients.append(Client(server))
-            clients[-1].send(b"unread")
+            clients[-1].send(b"unread" * 1000)  # More than is read before.
         await until(lambda: refusals(server) == {"overflow": 300})
         await settle()
         seen = [await in_thread(end_of, client) for client in clients[1:]]
