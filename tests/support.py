@@ -26,6 +26,7 @@ from twisted.python.failure import Failure
 
 import tcpsvc
 from tcpsvc import LOCALHOST, Server, WhereToListen
+from tcpsvc.engine import subreactor
 
 
 def the_reactor() -> Any:
@@ -199,6 +200,8 @@ def nothing_left_behind(logs: Logs) -> Iterator[None]:
     # port a descriptor that it reserves for the process.
     pytest_twisted.blockon(turn())
     tcp._reservedFD.reserve()
+    # What the engine has learnt of other tests' clients is none of this one's.
+    subreactor._sub_reactors.clear()
     reactor = the_reactor()
     before = (
         open_descriptors(),

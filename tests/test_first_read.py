@@ -15,7 +15,6 @@ from tcpsvc import Reason
 from tcpsvc.engine.subreactor import (
     FAILED_FIRST_READS,
     LEAST_RECEIVED,
-    MOST_RECEIVED,
     MOST_TURNS_OF_REST,
     SubReactor,
 )
@@ -23,12 +22,10 @@ from tests.support import in_thread, the_reactor, turn, until
 
 
 @pytest.fixture(autouse=True)
-def fresh_engine(request: pytest.FixtureRequest) -> None:
-    """With new clients' first bytes to be tried, whatever ran before."""
+def with_the_engine(request: pytest.FixtureRequest) -> None:
+    """Twisted's own transports read from the accept on."""
     if request.config.getoption("--engine") == "reactor":
         pytest.skip("of the engine, which is switched off")
-    group().first_bytes = MOST_RECEIVED
-    group().first_read_succeeded(0)
 
 
 def group() -> SubReactor:

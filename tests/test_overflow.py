@@ -285,7 +285,7 @@ async def test_who_does_not_take_its_reply_is_let_go_of_after_5_s(
     clock = Clock()
     server, _ = await full(overflow=BUSY, clock=clock, engine="auto")
     slow = connect(server)
-    slow.send(b"unread")
+    slow.send(b"unread" * 1000)  # More than is read before.
     await until(lambda: refusals(server) == {"overflow": 1})
     await settle()
     assert await in_thread(slow.read, len(BUSY.data)) == BUSY.data
