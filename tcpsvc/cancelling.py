@@ -58,8 +58,9 @@ class Cancellation:
         self._cancelled = []
         if going_on:
             self._log.error(
-                "{count} handlers do not end, not even when cancelled: {peers}",
+                "{count} {do} not end, not even when cancelled: {peers}",
                 count=len(going_on),
+                do="handler does" if len(going_on) == 1 else "handlers do",
                 peers=peers_text(going_on),
             )
 

@@ -45,12 +45,12 @@ class Lines:
         #: When the waiting is over.
         self.until = math.inf
 
-    def remaining(self, what: str = "connections") -> str:
+    def remaining(self, what: str = "connection") -> str:
         """What is waited for; nothing when nothing is."""
         remaining = []
         count = len(self._factory.connections)
         if count:
-            remaining.append(f"{count} {what}")
+            remaining.append(f"{count} {what}{'' if count == 1 else 's'}")
         if self._factory.is_reporting_errors:
             remaining.append("calls of on_handler_error")
         return " and ".join(remaining)
@@ -78,15 +78,21 @@ class Lines:
         self._timer = self._clock.callLater(REPORT_INTERVAL, self._next)
         now = self._clock.seconds()
         if self.remaining() and self.until - now > NEAR:
-            limit = self.until - self._since
+            # The deadline is one of the reactor's, some microseconds off.
+            limit = round(self.until - self._since, 1)
             _log.info(
-                "{address}: draining, {remaining} remain, "
+                "{address}: draining, {remaining} {remain}, "
                 "waited {waited:.0f} s of {limit}",
                 address=self._addresses,
                 remaining=self.remaining(),
+                remain="remains" if self._remains_one() else "remain",
                 waited=now - self._since,
-                limit="any" if limit == math.inf else f"{limit:g} s",
+                limit="any time" if limit == math.inf else f"{limit:g} s",
             )
+
+    def _remains_one(self) -> bool:
+        factory = self._factory
+        return len(factory.connections) == 1 and not factory.is_reporting_errors
 
     def _next(self) -> None:
         self._say_what_remains()
@@ -103,9 +109,10 @@ class Lines:
         """What remains is closed, over so many seconds."""
         if self.remaining():
             _log.warn(
-                "{address}: closing {remaining} that remain{over}",
+                "{address}: closing {remaining} that {remain}{over}",
                 address=self._addresses,
                 remaining=self.remaining(),
+                remain="remains" if self._remains_one() else "remain",
                 over=f", over {spread:g} s" if spread else "",
             )
 
@@ -113,10 +120,11 @@ class Lines:
         """What remains is not waited for."""
         peers = peers_text(self._factory.connections)
         _log.error(
-            "{address}: {remaining} do not end, not even when cancelled; "
+            "{address}: {remaining} {do} not end, not even when cancelled; "
             "not waiting for them{peers}",
             address=self._addresses,
-            remaining=self.remaining("handlers"),
+            remaining=self.remaining("handler"),
+            do="does" if self._remains_one() else "do",
             peers=f": {peers}" if peers else "",
         )
 

@@ -70,7 +70,7 @@ def stubborn_and_its_release() -> tuple[Any, Release]:
 
 def remaining(logs: Logs) -> list[int]:
     """What the lines say, one after the other."""
-    found = [re.search(r"draining, (\d+) connections", t) for t in logs.texts()]
+    found = [re.search(r"draining, (\d+) connections?", t) for t in logs.texts()]
     return [int(m.group(1)) for m in found if m]
 
 

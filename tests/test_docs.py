@@ -365,7 +365,7 @@ def test_the_shell_sessions_of_a_page_show_what_they_show(
             # The tutorial's last session: the client that is there can finish.
             process = shell.servers[-1][0]
             line = process.wait_for("draining")
-            assert "draining, 1 connections remain, waited 0 s of 30 s" in line
+            assert "draining, 1 connection remains, waited 0 s of 30 s" in line
             [client] = shell.left_open
             client.sendall(b"Ada\n")
             assert client.recv(100) == b"Hello, Ada\n"

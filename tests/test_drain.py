@@ -135,6 +135,31 @@ async def test_when_the_time_is_up_what_is_left_is_closed(
     await until_over(over, clock)
 
 
+class CreepingClock(Clock):
+    """Some microseconds go by between two looks, as on any real clock."""
+
+    def seconds(self) -> float:
+        self.rightNow += 0.00001
+        return super().seconds()
+
+
+@ensureDeferred
+async def test_the_lines_count_one_and_say_round_numbers(
+    serve: Any, connect: Any, logs: Logs
+) -> None:
+    """Not "1 connections remain, waited 1 s of 4.00007 s"."""
+    clock = CreepingClock()
+    server = await serve(reads, clock=clock)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    over = Fired(server.drain(timeout=4.0))
+    clock.advance(REPORT_INTERVAL)
+    assert "1 connection remains, waited 1 s of 4 s" in logs.texts()[-1]
+    clock.advance(3.0)
+    assert "closing 1 connection that remains" in "".join(logs.texts())
+    await report_of(over, clock, client)
+
+
 @ensureDeferred
 async def test_a_timeout_of_nothing_closes_at_once(
     serving: Any, clock: Clock, logs: Logs
@@ -157,7 +182,7 @@ async def test_without_a_timeout_it_waits_for_ever(
     over = Fired(server.drain(timeout=None))
     clock.pump([REPORT_INTERVAL] * 1000)
     assert remaining(logs) == [1] * 1001
-    assert "of any" in [t for t in logs.texts() if "draining" in t][-1]
+    assert "of any time" in [t for t in logs.texts() if "draining" in t][-1]
     assert not over
     await report_of(over, clock, client)
 
@@ -257,7 +282,7 @@ async def test_force_ends_the_grace_of_a_timeout(
     server.force_drain()
     clock.advance(0)
     await until_over(over, clock)
-    assert len([t for t in logs.texts() if "closing 1 connections" in t]) == 1
+    assert len([t for t in logs.texts() if "closing 1 connection" in t]) == 1
 
 
 @ensureDeferred
@@ -545,7 +570,7 @@ async def test_what_would_never_end_is_refused_but_for_the_timeout(
         server.drain(patience=3)
     assert not server.is_draining
     over = Fired(server.drain(timeout=float("inf")))
-    assert "of any" in logs.texts()[-1]
+    assert "of any time" in logs.texts()[-1]
     await report_of(over, clock, client)
 
 

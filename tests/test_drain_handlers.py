@@ -552,7 +552,7 @@ async def test_who_does_not_heed_the_cancellation_is_named(
     clock.advance(GRACE / 2)
     (line,) = [formatEvent(e) for e in logs.take(LogLevel.error)]
     port = clients[0].socket.getsockname()[1]
-    expected = "1 handlers do not end, not even when cancelled: 127.0.0.1"
+    expected = "1 handler does not end, not even when cancelled: 127.0.0.1"
     assert line == f"{expected}:{port}"
     assert server.num_connections == 2 - 1
     release()

@@ -754,7 +754,7 @@ def test_a_tac_file_run_by_twistd(start: Any, connect: Any) -> None:
     uid = 65534 if is_root else os.getuid()
     assert client.read(12) == b"hello\n%d\n" % uid
     child.signal(signal.SIGTERM)
-    child.expect("draining, 1 connections remain")
+    child.expect("draining, 1 connection remains")
     client.send(b"answer\n")
     assert len(client.read_all()) == 1_000_000
     assert stop(child) == [-signal.SIGTERM]
