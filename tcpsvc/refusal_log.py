@@ -13,7 +13,7 @@ from twisted.logger import Logger
 
 from tcpsvc.counters import Counters
 from tcpsvc.log_fields import of_client
-from tcpsvc.reasons import Reason
+from tcpsvc.reasons import LIMITS, Reason
 from tcpsvc.settings import Settings
 
 _log = Logger(namespace="tcpsvc")
@@ -53,10 +53,11 @@ class RefusalLog:
         owner.events.connection_refused(address, reason)
         if reason not in _SAID_ELSEWHERE and self.may_say(reason):
             _log.warn(
-                "{address}: refusing clients: {reason}, {count} so far",
+                "{address}: refusing clients: {reason}, {count} so far{limit}",
                 address=self._names(),
                 reason=reason.value,
                 count=owner.counters.refusals[reason.value],
+                limit=self._limit(reason),
             )
 
     def in_dry_run(self, address: Any, reason: Reason) -> None:
@@ -66,12 +67,20 @@ class RefusalLog:
         if self.may_say(f"dry run {reason.value}"):
             _log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
-                "{reason}, {count} so far",
+                "{reason}, {count} so far{limit}",
                 address=self._names(),
                 **of_client(address),
                 reason=reason.value,
                 count=owner.counters.would_refuse[reason.value],
+                limit=self._limit(reason),
             )
+
+    def _limit(self, reason: Reason) -> str:
+        """The option that one would change, which has another name than the reason."""
+        names = [name for name, whom in LIMITS.items() if whom is reason]
+        if len(names) == 1:
+            return f" ({names[0]}={getattr(self._owner.settings, names[0])})"
+        return f" ({' or '.join(names)})" if names else ""
 
     def all_slots_taken(self) -> None:
         """A client has taken the last."""

@@ -413,7 +413,7 @@ async def test_refusals_are_logged_once_a_minute(
     clock.advance(59)
     await refuse(2)
     lines = [t for t in logs.texts(LogLevel.warn) if "refusing" in t]
-    assert len(lines) == 1 and "overflow, 1 so far" in lines[0]
+    assert len(lines) == 1 and "overflow, 1 so far (max_connections=1)" in lines[0]
     clock.advance(1)
     await refuse(2)
     lines = [t for t in logs.texts(LogLevel.warn) if "refusing" in t]
