@@ -57,10 +57,10 @@ class Listener(Generic[AddressT, ListeningOnT]):
         listening_on = self.listening_on
         return {
             "where": str(self._where),
-            "address": str(self.address),
+            "address": address_text(self.address),
             "listening_on": listening_on
             if isinstance(listening_on, (int, str))
-            else str(listening_on),
+            else address_text(listening_on),
             "is_listening": self.is_listening,
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from twisted.python.reflect import safe_str
 
+from tcpsvc.address_text import address_text
 from tcpsvc.reasons import Reason
 
 #: Bytes in and out; ``None`` where nobody knows.
@@ -53,7 +54,7 @@ class ConnectionSnapshot:
         """As JSON has it; what nobody knows is left out."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found = {name: value for name, value in found.items() if value is not None}
-        found["peer"] = str(self.peer)
+        found["peer"] = address_text(self.peer)
         if self.label is not None:
             found["label"] = safe_str(self.label)
         if self.reason is not None:
