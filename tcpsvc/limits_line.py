@@ -86,7 +86,7 @@ def limits_line(
         elif value is not None and value is not False:
             told.append(f"{name}={_text(name, value)}")
     if settings.dry_run:
-        told.append(f"dry run of {_names(settings.dry_run)}")
+        told.append(f"dry_run={_names(settings.dry_run)}")
     return ", ".join(told)
 
 
@@ -113,7 +113,7 @@ def _matters(name: str, settings: Settings) -> bool:
 
 
 def _names(dry_run: frozenset[str]) -> str:
-    return "all" if dry_run == LIMITS.keys() else ", ".join(sorted(dry_run))
+    return "all" if dry_run == LIMITS.keys() else " ".join(sorted(dry_run))
 
 
 def _text(name: str, value: Any) -> str:

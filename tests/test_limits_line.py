@@ -48,7 +48,7 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
     "deny": ({"deny": [f"10.0.{n}.0/24" for n in range(0, 12, 2)]}, "deny=6 networks"),
     "dry_run": (
         {"deny": ["::1"], "dry_run": ["deny", "accept_rate"]},
-        "dry run of accept_rate, deny",
+        "dry_run=accept_rate deny",
     ),
     "first_byte_timeout": ({"first_byte_timeout": 5}, "first_byte_timeout=5 s"),
     "idle_timeout": ({"idle_timeout": 0.25}, "idle_timeout=0.25 s"),
@@ -167,7 +167,7 @@ def test_who_allows_nobody_reads_so() -> None:
 
 def test_a_dry_run_of_all_is_said_in_a_word() -> None:
     """Not in all of their names."""
-    assert "dry run of all" in line(dry_run=True)
+    assert "dry_run=all" in line(dry_run=True)
 
 
 @ensureDeferred
