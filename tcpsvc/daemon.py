@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.address_text import address_text
+from tcpsvc.log_fields import error_text
 from tcpsvc.service import TcpService
 
 _log = Logger(namespace="tcpsvc")
@@ -98,7 +99,7 @@ class Daemon(MultiService):
     def _failed(self, failure: Failure) -> None:
         _log.critical(
             "a handler error ends the process: {error}",
-            error=failure.getErrorMessage(),
+            error=error_text(failure),
             log_failure=failure,
         )
         self._end(1)

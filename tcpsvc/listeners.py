@@ -92,7 +92,7 @@ class Listeners:
                 self.stop_at_once()
                 address = served.address
                 if isinstance(address, UNIXAddress):
-                    raise CannotListenError(None, address.name, error) from error
+                    raise CannotListenError("unix", address.name, error) from error
                 raise CannotListenError(address.host, address.port, error) from error
 
     # Who is accepted.

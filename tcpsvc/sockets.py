@@ -160,7 +160,7 @@ def open_unix(
             made.close()
             raise
     except OSError as error:
-        raise CannotListenError(None, path, error) from error
+        raise CannotListenError("unix", path, error) from error
 
 
 def listen_on_given(
@@ -194,7 +194,7 @@ def listen_on_given(
             given.listen(backlog)
         except OSError as error:
             if isinstance(sockaddr, str):
-                raise CannotListenError(None, sockaddr, error) from error
+                raise CannotListenError("unix", sockaddr, error) from error
             raise CannotListenError(sockaddr[0], sockaddr[1], error) from error
         return ListeningSocket(given, maps_ipv4=_maps_ipv4(given))
     except BaseException:

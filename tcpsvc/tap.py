@@ -9,6 +9,7 @@ still one line on stderr and an exit status. Nothing is left bound or on disk.
 from __future__ import annotations
 
 import atexit
+import getopt
 import inspect
 import re
 import sys
@@ -54,7 +55,10 @@ def _number(kind: type, name: str, least: float) -> Callable[[str], Any]:
 def _drain_timeout(text: str) -> float | None:
     if text == "none":
         return None
-    found: float = _number(float, "drain-timeout", 0)(text)
+    try:
+        found: float = _number(float, "drain-timeout", 0)(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; 'none' is for any time") from None
     return found
 
 
@@ -114,7 +118,7 @@ class Options(usage.Options):
             "backlog",
             None,
             None,
-            "Clients that may wait in the kernel. Default: 64.",
+            "Clients that may wait in the kernel. [default: 64]",
             _number(int, "backlog", 1),
         ],
         [
@@ -233,7 +237,17 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
-            refuse(str(error).removeprefix("Parameter type enforcement failed: "))
+            told = str(error).removeprefix("Parameter type enforcement failed: ")
+            if isinstance(error.__context__, getopt.error):
+                told += " (see --help)"
+            refuse(told)
+
+    def parseArgs(self, *arguments: str) -> None:
+        """Nothing but options."""
+        if arguments:
+            raise usage.UsageError(
+                f"{arguments[0]}: not an option; --handler names what serves"
+            )
 
     def postOptions(self) -> None:
         """Look at everything that can be looked at without opening anything."""

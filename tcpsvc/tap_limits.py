@@ -165,7 +165,8 @@ PARAMETERS = [
         "idle-timeout",
         IDLE_TIMEOUT,
         _or_none(_seconds),
-        "Seconds without a byte either way, or 'none'.",
+        "Seconds without a byte either way after which a connection is closed, or "
+        "'none'.",
     ),
     _parameter(
         "handler-timeout",
@@ -183,14 +184,14 @@ PARAMETERS = [
         "min-throughput",
         None,
         _or_none(_bytes_a_second),
-        "Bytes a second that a connection must move that moves any, or has some to "
-        "send. [default: none]",
+        "Bytes a second, either way, below which a connection that is not idle is "
+        "closed. [default: none]",
     ),
     _parameter(
         "throughput-window",
         30.0,
         _seconds,
-        "Seconds over which that is taken.",
+        "Seconds over which --min-throughput is measured.",
     ),
 ]
 

@@ -360,7 +360,7 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
         except Exception as error:
             raise ValueError(
                 f"endpoint={self.endpoint!r} cannot be used: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{_remedy(self.endpoint, error)}"
             ) from error
 
     def again(self, address: IAddress) -> EndpointPlace:
@@ -371,3 +371,12 @@ class EndpointPlace(WhereToListen[IAddress, IAddress]):
         if isinstance(self.endpoint, str):
             return one_line(self.endpoint)
         return repr(self.endpoint)
+
+
+def _remedy(description: str, error: Exception) -> str:
+    """What helps against an error that does not say so."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "OpenSSL":
+        return "; for TLS install tcpsvc[tls]"
+    if isinstance(error, KeyError) and description.startswith("systemd:"):
+        return "; systemd has passed no socket of this name (FileDescriptorName=)"
+    return ""

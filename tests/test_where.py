@@ -401,7 +401,7 @@ async def test_dual_stack_shows_ipv4_to_protocols_and_sock_handlers(
     peer = IPv4Address("TCP", *client.socket.getsockname())
     await until(lambda: len(seen) == 3)
     assert seen == [peer, peer, IPv4Address("TCP", "127.0.0.1", server.listening_on)]
-    assert server.describe()["connections"][0]["peer"] == str(peer)
+    assert server.describe()["connections"][0]["peer"] == f"{peer.host}:{peer.port}"
 
     async def with_sock(address: Any, client: socket.socket) -> None:
         seen.append(address)
@@ -1381,6 +1381,22 @@ async def test_create_sock_serves_a_plain_endpoint(serve: Any, connect: Any) -> 
     client = connect(server)
     assert await in_thread(client.read_all) == b"hello"
     assert seen == [(IPv4Address("TCP", *client.socket.getsockname()), False)]
+
+
+@ensureDeferred
+async def test_tls_without_pyopenssl_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twisted says only which module there is not."""
+
+    def parse(reactor: Any, description: str) -> None:
+        raise ModuleNotFoundError("No module named 'OpenSSL'", name="OpenSSL")
+
+    monkeypatch.setattr("tcpsvc.where.serverFromString", parse)
+    with pytest.raises(ValueError, match=r"No module .* install tcpsvc\[tls\]"):
+        await Server.create(
+            WhereToListen.of_endpoint("ssl:0"), greet, on_handler_error="ignore"
+        )
 
 
 @ensureDeferred
