@@ -68,7 +68,9 @@ def rate(name: str, value: object) -> Rate | None:
     if value is None or isinstance(value, Rate):
         return value
     if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is neither a Rate nor its text")
+        raise TypeError(
+            f"{name}={value!r} is neither a Rate nor a text such as '10/s:20'"
+        )
     try:
         return Rate.parse(value)
     except ValueError as error:

@@ -82,9 +82,12 @@ def check_observer(observer: object) -> None:
     try:
         verifyObject(IObserver, observer)
     except Invalid as error:
+        found = getattr(error, "exceptions", [error])
+        more = f" And {len(found) - 1} more like it." if len(found) > 1 else ""
         raise ValueError(
             f"observer={observer!r} is no IObserver (derive it from tcpsvc.Observer): "
-            + " ".join(str(error).split())
+            + " ".join(str(found[0]).split())
+            + more
         ) from error
 
 

@@ -23,7 +23,7 @@ from tcpsvc.checks import (
 from tcpsvc.events import check_observer
 from tcpsvc.handler import OnHandlerError, check_on_handler_error
 from tcpsvc.networks import Networks
-from tcpsvc.options import AcceptErrorCallable
+from tcpsvc.options import AcceptErrorCallable, StreamOptions
 from tcpsvc.overflow import (
     OVERFLOWS,
     REFUSALS,
@@ -173,7 +173,10 @@ def check_options(
     """
     unknown = sorted(set(options) - known.__optional_keys__)
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]}={options[unknown[0]]!r}")
+        said = f"{unknown[0]}={options[unknown[0]]!r}"
+        if unknown[0] in StreamOptions.__optional_keys__:
+            raise TypeError(f"{said} is an option of stream handlers only")
+        raise TypeError(f"unknown option {said}")
     if options.get("observer") is not None:
         check_observer(options["observer"])
     values = _formed({"max_connections": None, **options})
@@ -191,7 +194,7 @@ def change_options(known: Any, settings: Settings, changes: dict[str, Any]) -> S
     """
     for name, value in changes.items():
         if name in _INSTEAD:
-            raise TypeError(f"{name}={value!r} cannot be changed so: {_INSTEAD[name]}")
+            raise TypeError(f"{name}={value!r} cannot be changed: {_INSTEAD[name]}")
         if name not in known.__optional_keys__:
             raise TypeError(f"{name}={value!r} is no option of this server")
     return replace(settings, **_formed(changes))

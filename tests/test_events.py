@@ -98,10 +98,11 @@ async def test_a_wrong_observer_is_refused_before_anything_is_bound(
     from tcpsvc import WhereToListen
 
     where = WhereToListen.of_file(tmp_path / "s")
-    with pytest.raises(ValueError, match=r"observer=.*tcpsvc\.Observer"):
+    with pytest.raises(ValueError, match=r"observer=.*tcpsvc\.Observer") as caught:
         await serve(
             Handlers().of(kind), where=where, create=CREATE[kind], observer=wrong
         )
+    assert len(str(caught.value)) < 500
     assert not (tmp_path / "s").exists()
     server = MemoryServer(Handlers().stream)
     with pytest.raises(ValueError, match="is no IObserver"):
