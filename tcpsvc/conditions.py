@@ -32,6 +32,10 @@ class Conditions:
             later, and fails with what it raises, and with ServerClosed when the
             number cannot change any more. Cancelling it affects nobody else.
         """
+        if not callable(condition):
+            return fail(
+                TypeError(f"condition={condition!r} is not callable: give a f(number)")
+            )
         try:
             if condition(count):
                 return succeed(None)

@@ -43,13 +43,23 @@ def places_of(where: Places[Any, Any]) -> tuple[WhereToListen[Any, Any], ...]:
     if isinstance(where, WhereToListen):
         return (where,)
     if not isinstance(where, Sequence) or isinstance(where, (str, bytes)):
-        raise TypeError(f"where={where!r} is not a WhereToListen")
+        raise TypeError(_no_place(where))
     if not where:
         raise ValueError(f"where={where!r} is empty: name a place to listen")
     for place in where:
         if not isinstance(place, (SocketPlace, EndpointPlace)):
-            raise TypeError(f"where={place!r} is not a WhereToListen")
+            raise TypeError(_no_place(place))
     return tuple(where)
+
+
+def _no_place(given: object) -> str:
+    """What it is, and what to write for a port, or an endpoint's description."""
+    said = f"where={given!r} is not a WhereToListen"
+    if isinstance(given, int):
+        return f"{said}; a port is WhereToListen.of_port({given})"
+    if isinstance(given, str):
+        return f"{said}; an endpoint's description is for WhereToListen.of_endpoint"
+    return said
 
 
 def places_text(places: Iterable[WhereToListen[Any, Any]]) -> str:

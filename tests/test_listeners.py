@@ -167,7 +167,12 @@ async def test_one_place_in_a_sequence_is_one_place(serve: Any, connect: Any) ->
         ((), ValueError, r"where=\(\) is empty"),
         ("127.0.0.1:80", TypeError, "where='127.0.0.1:80' is not a WhereToListen"),
         ([LOOPBACK, 80], TypeError, "where=80 is not a WhereToListen"),
-        (80, TypeError, "where=80 is not a WhereToListen"),
+        (80, TypeError, r"where=80 is not .*; a port is WhereToListen.of_port\(80\)"),
+        (
+            "tcp:80",
+            TypeError,
+            r"where='tcp:80' .* WhereToListen.of_endpoint",
+        ),
     ],
 )
 async def test_what_is_no_place_is_refused(where: Any, error: Any, said: str) -> None:

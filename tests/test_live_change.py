@@ -35,6 +35,14 @@ def outcome(deferred: Any) -> list[Any]:
 
 
 @ensureDeferred
+async def test_a_number_is_no_condition(serve: Any) -> None:
+    """What is called with the number is asked for."""
+    server = await serve(Handlers().stream)
+    with pytest.raises(TypeError, match="condition=3 is not callable"):
+        await server.when_connections(3)
+
+
+@ensureDeferred
 async def test_it_fires_now_or_later(serve: Any, connect: Any) -> None:
     """At the accept and at the release that make it so."""
     server = await serve(Handlers().stream)
