@@ -76,6 +76,7 @@ class _SendsAtOnce(Watched):
         _maybePauseProducer: Any
         _postLoseConnection: Any
         _closeSocket: Any
+        resumeProducing: Any
 
     is_flush_due = False
     _reports_flush = False
