@@ -476,7 +476,11 @@ class StreamConnection(Connection[AddressT]):
     def _flush_done(self) -> None:
         if self._has_flow_control:
             self._shut_off_producer()
-        if self._chunks is not None and (self._socket is None or self._is_tls):
+        if (
+            getattr(self._base, "TLS", False)  # Started by the handler.
+            if self._chunks is None
+            else self._socket is None or self._is_tls
+        ):
             self._phase = _LOSING
             self.transport.loseConnection()
             return

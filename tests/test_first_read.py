@@ -11,7 +11,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 
-from tcpsvc import Reason
+from tcpsvc import Observer, Reason
 from tcpsvc.engine.subreactor import (
     FAILED_FIRST_READS,
     LEAST_RECEIVED,
@@ -300,3 +300,40 @@ async def test_streams_behind_a_server_that_closes_between_leave_no_trace(
     await until(lambda: len(heard) == 2)
     assert heard == [b"one\n", b"two\n"]
     await server.close_finished_and_handlers_determined()
+
+
+@ensureDeferred
+@pytest.mark.parametrize("how", ["loseConnection", "abortConnection"])
+async def test_a_transport_that_is_lost_before_the_start_costs_nobody_theirs(
+    how: str, serve: Any, connect: Any
+) -> None:
+    """H1: its handler reads what had come, and those accepted after it start too."""
+    accepted: list[Any] = []
+    lines: list[bytes] = []
+
+    class Noting(Observer):
+        def connection_accepted(self, connection: Any) -> None:
+            accepted.append(connection)
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        lines.append(await reader.readline())
+
+    server = await serve(handle, observer=Noting())
+    factory = server._factory
+    factory.hold_starts()
+    for line in (b"one\n", b"two\n"):
+        connect(server).send(line)
+    await until(lambda: len(accepted) == 2)
+    getattr(accepted[0].transport, how)()
+    await until(lambda: accepted[0].is_socket_closed)
+    factory.begin_starts()
+    await until(lambda: not server.num_connections)
+    assert lines == [b"one\n", b"two\n"]
+
+
+def test_any_number_of_clients_may_not_speak_first() -> None:
+    """The rest between tries grows no further, nor does what it takes to say so."""
+    group()._failed_first_reads = 1 << 62
+    group().first_read_failed()
+    assert group()._rests_until - group().turn == MOST_TURNS_OF_REST - 1
+    group().first_read_succeeded(0)

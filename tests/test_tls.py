@@ -565,6 +565,39 @@ async def test_max_connections_is_exact_under_tls(
 
 @pytest.mark.parametrize("engine", ["auto", "reactor"])
 @ensureDeferred
+async def test_a_last_word_under_tls_that_a_handler_started_is_sent(
+    serve: Any, connect: Any, tmp_path: Path, engine: str
+) -> None:
+    """H3: TLS holds small writes back for a turn; and it says goodbye."""
+    certificate = str(make_certificate(tmp_path))
+    context = DefaultOpenSSLContextFactory(certificate, certificate)
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        assert await reader.readline() == b"STARTTLS\n"
+        writer.write(b"go ahead\n")
+        await writer.flushed()
+        reader.transport.startTLS(context)
+        writer.write((await reader.readline()).upper())
+
+    server = await serve(handler, engine=engine, on_handler_error="raise")
+    client = connect(server)
+
+    def talk() -> tuple[bytes, bytes]:
+        client.send(b"STARTTLS\n")
+        assert client.read(9) == b"go ahead\n"
+        with client_context().wrap_socket(
+            client.socket, suppress_ragged_eofs=False
+        ) as secure:
+            secure.sendall(b"hello\n")
+            return secure.recv(100), secure.recv(100)
+
+    assert await in_thread(talk) == (b"HELLO\n", b"")
+    await until(lambda: server.num_connections == 0)
+    assert server.describe()["counters"]["ends"] == {"finished": 1}
+
+
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+@ensureDeferred
 async def test_a_stream_handler_starts_tls_in_the_middle(
     serve: Any, connect: Any, tmp_path: Path, engine: str
 ) -> None:

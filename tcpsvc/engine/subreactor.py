@@ -280,7 +280,8 @@ class SubReactor:
         excess = self._failed_first_reads - FAILED_FIRST_READS
         if excess >= 0:
             self.first_bytes = 0
-            rest = min(1 << excess, MOST_TURNS_OF_REST) - 1
+            # There may be millions in a row, and 1 << that is a huge number.
+            rest = min(1 << min(excess, MOST_TURNS_OF_REST), MOST_TURNS_OF_REST) - 1
             self._rests_until = self.turn + rest
 
     # The own descriptor, in the main reactor.

@@ -76,6 +76,7 @@ class _SendsAtOnce(Watched):
         _maybePauseProducer: Any
         _postLoseConnection: Any
         _closeSocket: Any
+        resumeProducing: Any
 
     is_flush_due = False
     _reports_flush = False
@@ -169,8 +170,8 @@ class _SendsAtOnce(Watched):
         suspended, is 17 % of their life, and 3 % of one that goes on.
         """
         group = self._group
-        if self.plain_socket is None or group.first_bytes <= 0:
-            self.startReading()
+        if self.plain_socket is None or group.first_bytes <= 0 or self.disconnecting:
+            self.resumeProducing()  # Unless it is lost, or to be.
             return
         try:
             data = self.plain_socket.recv(LEAST_RECEIVED)
