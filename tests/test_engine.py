@@ -12,6 +12,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet import tcp
 from twisted.internet.defer import Deferred
+from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import CannotListenError, ConnectionLost
 from twisted.internet.interfaces import (
     IReactorFDSet,
@@ -808,6 +809,28 @@ async def test_a_server_after_the_reactor_was_emptied_is_served(
     assert group() in the_reactor().getReaders()
     client.send(b"x\n")
     assert await in_thread(client.read, 2) == b"x\n"
+
+
+def test_who_stayed_when_the_reactor_was_emptied_keeps_nothing_there() -> None:
+    """
+    trial calls ``removeAll`` after a test that left its server open, and tells nobody:
+    tests after it that close theirs leave a clean reactor.
+    """
+    reactor = EPollReactor()
+    sub = SubReactor.of(reactor)
+    try:
+        sub.stay()
+        assert sub in reactor.removeAll()
+        sub.stay()
+        assert sub in reactor.getReaders()
+        sub.may_leave()
+        assert sub not in reactor.getReaders()
+        assert sub.fileno() == -1
+    finally:
+        sub.connectionLost(Failure(ConnectionLost()))
+        for reader in list(reactor._internalReaders):
+            reader.connectionLost(Failure(ConnectionLost()))
+        reactor._poller.close()
 
 
 @ensureDeferred

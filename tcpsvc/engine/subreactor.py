@@ -160,8 +160,12 @@ class SubReactor:
         :raises OSError: no descriptor could be had.
         """
         self._open()
+        if self not in self.reactor.getReaders():
+            # It has let go of all that it had, as trial does after a test that left
+            # something there: whoever had asked us to stay has lost us too.
+            self._stays = 0
+            self.reactor.addReader(self)
         self._stays += 1
-        self.reactor.addReader(self)  # It may have let go of all that it had.
 
     def may_leave(self) -> None:
         """The end of a :meth:`stay`."""
