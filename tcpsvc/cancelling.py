@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from tcpsvc.address_text import address_text
 from tcpsvc.connection import Connection
 from tcpsvc.drain_options import GRACE
 from tcpsvc.factory import ServerFactory
+from tcpsvc.log import log
 
 #: How many clients a line names.
 MOST_NAMED = 10
@@ -33,8 +33,6 @@ class Cancellation:
 
     :param factory: the server's.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(self, factory: ServerFactory) -> None:
         self._factory = factory
@@ -57,7 +55,7 @@ class Cancellation:
         going_on = [c for c in self._cancelled if c.is_running]
         self._cancelled = []
         if going_on:
-            self._log.error(
+            log.error(
                 "{count} {do} not end, not even when cancelled: {peers}",
                 count=len(going_on),
                 do="handler does" if len(going_on) == 1 else "handlers do",

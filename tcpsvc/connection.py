@@ -27,7 +27,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.main import CONNECTION_DONE
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 from zope.interface import implementer
@@ -41,6 +40,7 @@ from tcpsvc.error_log import ErrorLog
 from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone
 from tcpsvc.handler import STOPPING, follow
 from tcpsvc.interfaces import IConnection
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
@@ -49,8 +49,6 @@ from tcpsvc.traffic import Traffic
 
 AddressT = TypeVar("AddressT")
 
-# Not an attribute: that would put the connection into every event as its source.
-_log = Logger(namespace="tcpsvc")
 
 #: Why we close: one for all, since it says nothing of any connection.
 CLOSED = Failure(CONNECTION_DONE)
@@ -312,7 +310,7 @@ class Connection(Traffic, Generic[AddressT]):
         if self.is_ended:
             return
         self.is_ended = True
-        _log.debug(
+        log.debug(
             "ending {client}: {reason}", **of_client(self.peer), reason=reason.value
         )
         self.ends_because(reason)  # Also of one whose socket is closed already.
@@ -356,7 +354,7 @@ class Connection(Traffic, Generic[AddressT]):
         elif self._is_ordinary_end(failure):
             outcome = "left"
             self.ends_because(self._why_it_left(failure.value))
-            _log.debug(
+            log.debug(
                 "handler of {client} left with {error}",
                 **of_client(self.peer),
                 error=safe_repr(failure.value),
@@ -391,13 +389,13 @@ class Connection(Traffic, Generic[AddressT]):
     def _stops_reactor(self, failure: Failure) -> None:
         if self._error is not None and self._error.value is not failure.value:
             self._factory.counters.later_errors += 1
-            _log.failure(
+            log.failure(
                 "an error of the handler of {client} before it stopped the reactor",
                 failure=self._error,
                 **of_client(self.peer),
             )
         self._error_reported = True
-        _log.critical(
+        log.critical(
             "handler of {client} raised {kind}: stopping the reactor",
             **of_client(self.peer),
             kind=type(failure.value).__name__,

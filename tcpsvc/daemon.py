@@ -14,14 +14,12 @@ from typing import Any
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.address_text import address_text
+from tcpsvc.log import log
 from tcpsvc.log_fields import error_text
 from tcpsvc.service import TcpService
-
-_log = Logger(namespace="tcpsvc")
 
 #: What the process exits with instead of 0, once the reactor has stopped.
 _exit_status: list[int] = []
@@ -50,13 +48,17 @@ class Daemon(MultiService):
     by the second.
     """
 
-    def __init__(self, reactor: Any, *, prints: bool = False) -> None:
+    def __init__(
+        self, reactor: Any, *, prints: bool = False, is_verbose: bool = False
+    ) -> None:
         """
         :param prints: print the addresses too, which are logged in any case.
+        :param is_verbose: log what is at debug too.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._reactor = reactor
         self._prints = prints
+        self._is_verbose = is_verbose
 
     def services_of_tcp(self) -> list[TcpService]:
         """The listeners."""
@@ -64,6 +66,7 @@ class Daemon(MultiService):
 
     def startService(self) -> None:
         """Serve, and watch for what is to end the process."""
+        log.says_debug = self._is_verbose
         atexit.unregister(self.abandon)
         super().startService()  # type: ignore[no-untyped-call]
         for service in self.services_of_tcp():
@@ -90,14 +93,14 @@ class Daemon(MultiService):
                     file=sys.__stdout__,
                     flush=True,
                 )
-        _log.info("limits: {limits}", limits=server.limits)
+        log.info("limits: {limits}", limits=server.limits)
         server.failed().addErrback(self._failed)
 
     def _cannot_listen(self, _: Failure) -> None:
         self._end(1)  # The service has logged why.
 
     def _failed(self, failure: Failure) -> None:
-        _log.critical(
+        log.critical(
             "a handler error ends the process: {error}",
             error=error_text(failure),
             log_failure=failure,
@@ -150,6 +153,6 @@ class Daemon(MultiService):
         return restore
 
     def _force(self) -> None:
-        _log.warn("a second signal: closing what remains now")
+        log.warn("a second signal: closing what remains now")
         for service in self.services_of_tcp():
             service.force_stop()

@@ -9,19 +9,17 @@ import math
 from collections.abc import Callable
 
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from tcpsvc.cancelling import peers_text
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
+from tcpsvc.log import log
 
 #: How often it says what remains, in seconds.
 REPORT_INTERVAL = 1.0
 
 #: Seconds that are no time: sums of floats are not exact.
 NEAR = 1e-6
-
-_log = Logger(namespace="tcpsvc.drain")
 
 
 class Lines:
@@ -57,7 +55,7 @@ class Lines:
 
     def announcing(self, seconds: float) -> None:
         """It accepts for another while."""
-        _log.info(
+        log.info(
             "{address}: about to drain, {doing} for another {seconds:g} s",
             address=self._addresses,
             doing="paused" if self._factory.is_paused else "accepting",
@@ -80,7 +78,7 @@ class Lines:
         if self.remaining() and self.until - now > NEAR:
             # The deadline is one of the reactor's, some microseconds off.
             limit = round(self.until - self._since, 1)
-            _log.info(
+            log.info(
                 "{address}: draining, {remaining} {remain}, "
                 "waited {waited:.0f} s of {limit}",
                 address=self._addresses,
@@ -108,7 +106,7 @@ class Lines:
     def closing(self, spread: float) -> None:
         """What remains is closed, over so many seconds."""
         if self.remaining():
-            _log.warn(
+            log.warn(
                 "{address}: closing {remaining} that {remain}{over}",
                 address=self._addresses,
                 remaining=self.remaining(),
@@ -119,7 +117,7 @@ class Lines:
     def given_up(self) -> None:
         """What remains is not waited for."""
         peers = peers_text(self._factory.connections)
-        _log.error(
+        log.error(
             "{address}: {remaining} {do} not end, not even when cancelled; "
             "not waiting for them{peers}",
             address=self._addresses,
@@ -130,7 +128,7 @@ class Lines:
 
     def drained(self, seconds: float, report: DrainReport) -> None:
         """It is over."""
-        _log.info(
+        log.info(
             "{address}: drained in {seconds:.1f} s: {report}",
             address=self._addresses,
             seconds=seconds,

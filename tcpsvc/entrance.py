@@ -17,7 +17,6 @@ from typing import Any
 
 from twisted.internet import protocol
 from twisted.internet.interfaces import IAddress, IDelayedCall
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc import kernel
@@ -30,6 +29,7 @@ from tcpsvc.counters import Counters
 from tcpsvc.error_log import ErrorLog
 from tcpsvc.events import Broadcast, check_observer
 from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
@@ -57,7 +57,6 @@ class Entrance(protocol.ServerFactory):
     """Lets clients in, one by one, and out again."""
 
     noisy = False
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(
         self,
@@ -258,7 +257,6 @@ class Entrance(protocol.ServerFactory):
         :param address_of: called with that when somebody is to be told of it.
         """
         self._is_judged = True
-        log = self._refusal_log
         if self.is_dropping:
             return Reason.DROPPED, "drop"
         if self._admission.asks:
@@ -271,7 +269,7 @@ class Entrance(protocol.ServerFactory):
             return None
         overflow = self.settings.overflow
         if "max_connections" in self.settings.dry_run:
-            log.in_dry_run(address_of(address), Reason.OVERFLOW)
+            self._refusal_log.in_dry_run(address_of(address), Reason.OVERFLOW)
         elif overflow == "evict":
             # One that has to wait for its time, or for a resume, evicts nobody yet.
             if not (self._rate_wait or self._too_early or self.is_paused):
@@ -331,7 +329,7 @@ class Entrance(protocol.ServerFactory):
             return Refuser()
         if self.takes_sockets:
             if self.may_say("no sockets"):
-                self._log.error(
+                log.error(
                     "{client} refused, as all are: only a tcpsvc.Server can serve a "
                     "socket handler; use Server.create_sock",
                     **of_client(addr),

@@ -9,12 +9,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger, LogLevel
+from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 
+from tcpsvc.log import log
 from tcpsvc.log_fields import error_text
-
-_log = Logger(namespace="tcpsvc")
 
 #: Of each kind there is one traceback in so many seconds.
 TRACEBACK_INTERVAL = 60.0
@@ -77,9 +76,9 @@ class ErrorLog:
             if said is not None and said.more:
                 text += "; {more} more like it since the last traceback"
                 fields["more"] = said.more
-            _log.failure(text, failure=failure, **fields)
+            log.failure(text, failure=failure, **fields)
             return
-        _log.emit(
+        log.emit(
             between,
             text + ": {error}, raised at {place}",
             error=error_text(failure),

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.error_log import ErrorLog
 from tcpsvc.handler import STOPPING, run_handler
+from tcpsvc.log import log
 from tcpsvc.rate import Rate, TokenBucket
 from tcpsvc.settings import Settings
 
@@ -108,8 +108,6 @@ class Exhaustion:
     :ivar pause: while it is not ``None`` no port of the server is to accept.
     :ivar episode: the one that lasts, if one does.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(self, owner: Owner, on_change: Callable[[], object]) -> None:
         self._owner = owner
@@ -221,13 +219,13 @@ class Exhaustion:
 
     def _say(self, error: OSError) -> None:
         if error.errno not in EXHAUSTION_ERRNOS:
-            self._log.failure(
+            log.failure(
                 "accepting failed; trying again every {pause} s",
                 failure=Failure(error),
                 pause=EXHAUSTION_PAUSE,
             )
             return
-        self._log.error(
+        log.error(
             "cannot accept: {error}. {live} connections go on, further clients "
             "{fate}; trying again every {pause} s. Raise the limit of open files "
             "(ulimit -n), or lower max_connections ({limit})",

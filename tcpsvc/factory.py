@@ -25,6 +25,7 @@ from tcpsvc.entrance import Entrance, nothing
 from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
+from tcpsvc.log import log
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.reasons import Reason
@@ -222,7 +223,7 @@ class ServerFactory(Entrance):
                     before.doStop()
                 except Exception:
                     # The new one serves, and the next port is to be told all the same.
-                    self._log.failure("doStop of {factory} failed", factory=before)
+                    log.failure("doStop of {factory} failed", factory=before)
         self.handler = handler
 
     def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
@@ -20,6 +19,7 @@ from tcpsvc.handler import (
     log_error,
     report_error,
 )
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 
 
@@ -31,8 +31,6 @@ class Failures:
     :param errors: how they are logged.
     :param on_reported: called whenever an error has been dealt with.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class Failures:
         self._fatal = failure
         self.on_fatal()
         if not self._when_failed.is_awaited:
-            self._log.critical(
+            log.critical(
                 "a handler error has closed the server: {error}",
                 error=failure.getErrorMessage(),
                 log_failure=failure,

@@ -11,13 +11,11 @@ from typing import Any, Literal
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IAddress
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_repr
 
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
-
-_log = Logger(namespace="tcpsvc")
 
 #: What a handler may raise to stop the whole process (spec H7).
 STOPPING = (KeyboardInterrupt, SystemExit)
@@ -86,7 +84,7 @@ def log_error(address: IAddress, failure: Failure) -> None:
     the others in a line each. Called by a function of yours, it logs the traceback of
     each.
     """
-    _log.failure(HANDLER_FAILED, failure=failure, **of_client(address))
+    log.failure(HANDLER_FAILED, failure=failure, **of_client(address))
 
 
 def check_on_handler_error(policy: object) -> None:
@@ -112,7 +110,7 @@ def report_error(
     if policy == "raise":
         return fail(failure)
     if policy == "ignore":
-        _log.debug(
+        log.debug(
             "handler of {client} failed, ignored: {error}",
             **of_client(address),
             error=safe_repr(failure.value),

@@ -13,16 +13,14 @@ from typing import Any, cast
 from twisted.internet.defer import Deferred, FirstError, gatherResults, maybeDeferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import can_gate
+from tcpsvc.log import log
 from tcpsvc.places import discard_all, open_all
 from tcpsvc.port import port_over
 from tcpsvc.where import EndpointPlace, SocketPlace, WhereToListen
-
-_log = Logger(namespace="tcpsvc")
 
 
 def listen_now(
@@ -90,7 +88,7 @@ def close_all_at_once(ports: Iterable[IListeningPort]) -> None:
         try:
             close_at_once(port)
         except Exception:
-            _log.failure("closing an unwanted port failed")
+            log.failure("closing an unwanted port failed")
 
 
 def close_at_once(port: Any) -> None:
@@ -103,7 +101,7 @@ def close_at_once(port: Any) -> None:
     else:
         stopping = maybeDeferred(port.stopListening)
         stopping.addErrback(
-            lambda failure: _log.failure("closing an unwanted port failed", failure)
+            lambda failure: log.failure("closing an unwanted port failed", failure)
         )
 
 

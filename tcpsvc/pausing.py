@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
@@ -30,6 +29,7 @@ from tcpsvc.address_text import addresses_text
 from tcpsvc.errors import ServerClosed
 from tcpsvc.factory import ServerFactory
 from tcpsvc.listeners import Listeners
+from tcpsvc.log import log
 from tcpsvc.where import SocketPlace
 
 #: The ways to pause: leave clients in the backlog, or refuse them.
@@ -44,8 +44,6 @@ class Pausing:
 
     :ivar how: ``None`` when it is not paused.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(self, listeners: Listeners, factory: ServerFactory) -> None:
         self.how: How | None = None
@@ -103,7 +101,7 @@ class Pausing:
         elif done.is_awaited:
             done.fail(result)
         else:
-            self._log.error(
+            log.error(
                 "{address}: {error}",
                 address=addresses_text(self._listeners.addresses()),
                 error=result.getErrorMessage(),

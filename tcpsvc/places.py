@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from twisted.internet.error import CannotListenError
-from twisted.logger import Logger
 
+from tcpsvc.log import log
 from tcpsvc.sockets import MAX_RETRIES_UPON_ADDR_IN_USE, ListeningSocket
 from tcpsvc.where import (
     AddressT,
@@ -23,8 +23,6 @@ from tcpsvc.where import (
     SocketPlace,
     WhereToListen,
 )
-
-_log = Logger(namespace="tcpsvc")
 
 #: One place, or several that are one server.
 Places = (
@@ -154,7 +152,7 @@ def discard_all(opened: Iterable[ListeningSocket]) -> None:
         try:
             listening.discard()
         except OSError as error:
-            _log.error(
+            log.error(
                 "could not unlink {address}: {error}",
                 address=str(listening.path),
                 error=error,

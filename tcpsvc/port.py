@@ -21,9 +21,9 @@ from twisted.internet import tcp, unix
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.base import BasePort
 from twisted.internet.protocol import ServerFactory
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tcpsvc.log import log
 from tcpsvc.sockets import ListeningSocket
 
 _MAPPED = "::ffff:"
@@ -59,7 +59,6 @@ def _unmapped(address: IPv6Address) -> IPv4Address | IPv6Address:
 class _OpenedPort(tcp.Port):
     """What both ports do differently from Twisted's: their start and their end."""
 
-    _log = Logger(namespace="tcpsvc")
     _listening: ListeningSocket
     factory: ServerFactory
     fileno: Any
@@ -83,13 +82,13 @@ class _OpenedPort(tcp.Port):
         if path is not None:
             try:
                 if not path.unlink():
-                    self._log.warn(
+                    log.warn(
                         "could not unlink {path}: it is gone, or out of reach of "
                         "this process's root directory",
                         path=path.path,
                     )
             except OSError as error:
-                self._log.error(
+                log.error(
                     "could not unlink {path}: {error}", path=path.path, error=error
                 )
         self._realPortNumber = None

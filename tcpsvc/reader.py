@@ -16,7 +16,7 @@ again and again is it a ``bytearray``, see :meth:`Reader.data_received`.
 from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -93,6 +93,7 @@ class Reader:
         "_wake_at",
         "bytes_read",
         "has_eof",
+        "read_first",
     )
 
     def __init__(self, connection: Input, limit: int) -> None:
@@ -113,6 +114,8 @@ class Reader:
         #: Whether the handler wants EOF at a boundary; else as the option says.
         self._eof_when_draining: bool | None = None
         self._is_draining = False
+        #: Takes what has come before the handler's start, when it first waits.
+        self.read_first: Callable[[], None] | None = None
         self.has_eof = False
         self.bytes_read = 0
 
@@ -414,6 +417,13 @@ class Reader:
             self.has_eof = True
             return
         self._wake_at = _ENDLESS if size is None else size
+        read_first = self.read_first
+        if read_first is not None:
+            self.read_first = None
+            read_first()
+            if self.has_eof or self.bytes_buffered >= self._wake_at:
+                self._wake_at = 0
+                return
         waiter = self._suspension
         if waiter is None or waiter.called:  # By whom it was used as a Deferred.
             waiter = self._suspension = Suspension()

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from twisted.logger import Logger
-
 from tcpsvc.counters import Counters
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import LIMITS, Reason
 from tcpsvc.settings import Settings
-
-_log = Logger(namespace="tcpsvc")
 
 #: Of each reason there is one warning in so many seconds (spec A3).
 WARNING_INTERVAL = 60.0
@@ -52,7 +49,7 @@ class RefusalLog:
         owner = self._owner
         owner.events.connection_refused(address, reason)
         if reason not in _SAID_ELSEWHERE and self.may_say(reason):
-            _log.warn(
+            log.warn(
                 "{address}: refusing clients: {reason}, {count} so far{limit}",
                 address=self._names(),
                 reason=reason.value,
@@ -65,7 +62,7 @@ class RefusalLog:
         owner = self._owner
         owner.events.refused_in_dry_run(address, reason)
         if self.may_say(f"dry run {reason.value}"):
-            _log.warn(
+            log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far{limit}",
                 address=self._names(),
@@ -88,7 +85,7 @@ class RefusalLog:
         owner.events.limit_reached("max_connections")
         settings = owner.settings
         if settings.overflow == "hold" and self.may_say("max_connections"):
-            _log.warn(
+            log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
                 address=self._names(),
                 limit=settings.max_connections,
@@ -98,7 +95,7 @@ class RefusalLog:
         """A connection had to go for another client."""
         self._evicted += 1
         if self.may_say(Reason.EVICTED):
-            _log.warn(
+            log.warn(
                 "{address}: all {limit} connections are in use; for each further "
                 "client the one that was idle for longest goes: {reason}, {count} so "
                 "far",
@@ -111,7 +108,7 @@ class RefusalLog:
     def waits_for_rate(self) -> None:
         """A client had to wait for accept_rate."""
         if self.may_say(Reason.ACCEPT_RATE):
-            _log.warn(
+            log.warn(
                 "{address}: clients come more often than accept_rate={rate}; they wait",
                 address=self._names(),
                 rate=self._owner.settings.accept_rate,

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
 from tcpsvc.factory import ServerFactory
 from tcpsvc.gate import Gate, can_gate
 from tcpsvc.listening import close_at_once
+from tcpsvc.log import log
 from tcpsvc.where import SocketPlace, WhereToListen
 
 
@@ -26,8 +26,6 @@ class ServedPort:
     :ivar where: where it was asked for.
     :ivar address: its address, whether it is open or not.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(
         self,
@@ -44,7 +42,7 @@ class ServedPort:
         self._is_given = is_given
         self.serve(port)
         if self._gate is None:
-            self._log.warn(
+            log.warn(
                 "accepting on {port} cannot be gated: clients beyond "
                 "max_connections={limit} are held accepted, not in the backlog, and "
                 "each takes a descriptor; overflow='reset' sends them away",
@@ -134,4 +132,4 @@ class ServedPort:
             self._stopped.happen()
 
     def _failed_to_stop(self, failure: Failure) -> None:
-        self._log.failure("closing {port} failed", failure=failure, port=self.port)
+        log.failure("closing {port} failed", failure=failure, port=self.port)

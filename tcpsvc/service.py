@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IProtocolFactory
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tcpsvc import creation
@@ -22,6 +21,7 @@ from tcpsvc.drain_options import DRAIN_TIMEOUT, DrainOptions, check_drain_option
 from tcpsvc.drain_report import DrainReport
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import OnHandlerError
+from tcpsvc.log import log
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.places import Places, places_of, places_text
 from tcpsvc.server import Server
@@ -63,8 +63,6 @@ class TcpService(Service):
     :raises ValueError: an option has a bad value.
     :raises TypeError: an option is unknown, or of the wrong kind.
     """
-
-    _log = Logger(namespace="tcpsvc")
 
     def __init__(
         self,
@@ -231,7 +229,7 @@ class TcpService(Service):
                 self._bound = self._server = None
                 raise
             for listener in server.listeners:
-                self._log.info(
+                log.info(
                     "listening on {address}", address=address_text(listener.address)
                 )
 
@@ -243,7 +241,7 @@ class TcpService(Service):
             failures.append(failure)
             if is_late and logs and not failure.check(CancelledError):
                 # An endpoint took its time: nobody is left to raise it to.
-                self._log.critical(
+                log.critical(
                     "cannot listen on {where}: {error}",
                     where=places_text(self._places),
                     error=failure.getErrorMessage(),

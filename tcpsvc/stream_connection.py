@@ -29,13 +29,14 @@ from twisted.internet.interfaces import (
     IPullProducer,
     ISSLTransport,
 )
-from twisted.logger import Logger, LogLevel
+from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from tcpsvc import kernel
 from tcpsvc.chunks import Chunks
 from tcpsvc.connection import CLOSED, AddressT, Connection, Owner
+from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.reader import Reader
 from tcpsvc.reasons import Reason
@@ -44,8 +45,6 @@ from tcpsvc.transport import tells
 from tcpsvc.writer import Writer
 
 StreamHandler = Callable[[AddressT, Reader, Writer], object]
-
-_log = Logger(namespace="tcpsvc")
 
 
 def _drop(data: bytes) -> None:
@@ -298,6 +297,7 @@ class StreamConnection(Connection[AddressT]):
             self.resume_reading()
         elif self._chunks is None and not self._reading_paused:
             self._base.begin_reading()
+            self.reader.read_first = self._base.read_first
         self._start(self._handler, self.peer, self.reader, self.writer)
         if self._chunks is None:
             self._base.go_on_reading()
@@ -595,4 +595,4 @@ class StreamConnection(Connection[AddressT]):
         assert self.reason is not None
         if not self._factory.may_say(f"ended: {self.reason.value}"):
             level = LogLevel.debug
-        _log.emit(level, text, **of_client(self.peer), **fields)
+        log.emit(level, text, **of_client(self.peer), **fields)

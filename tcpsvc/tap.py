@@ -173,6 +173,7 @@ class Options(usage.Options):
         ["drop-incoming", None, "Accept clients and close them at once."],
         ["eof-on-drain", None, "While it stops, a handler that waits reads EOF."],
         ["reuse-port", None, "Let several processes listen on the same --port."],
+        ["verbose", None, "Log lines for developers too, of single connections."],
     ]
     compData = usage.Completions(
         optActions={
@@ -387,7 +388,7 @@ def makeService(options: Options) -> Daemon:
     # Without a log file twistd -n logs to stdout, where the address is to be seen.
     logs_elsewhere = parent.get("logfile") not in (None, "-") or parent.get("syslog")
     prints = bool(parent.get("nodaemon") and logs_elsewhere)
-    daemon = Daemon(reactor, prints=prints)
+    daemon = Daemon(reactor, prints=prints, is_verbose=bool(options["verbose"]))
     # Until startService twistd may still fail, e.g. at a bad --uid.
     atexit.register(daemon.abandon)
     failures: list[Failure] = []

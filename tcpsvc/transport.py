@@ -16,10 +16,9 @@ from functools import cache
 from typing import Any, Protocol
 
 from twisted.internet.interfaces import IHalfCloseableProtocol
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-_log = Logger(namespace="tcpsvc")
+from tcpsvc.log import log
 
 
 class Watcher(Protocol):
@@ -106,7 +105,7 @@ class Watched:
             failure = Failure()
             if self.watcher is not None and self.watcher.failed(failure):
                 return
-            _log.failure("Unhandled Error", failure=failure)
+            log.failure("Unhandled Error", failure=failure)
             self.connectionLost(failure)  # type: ignore[attr-defined]
 
 
@@ -138,8 +137,11 @@ class _Telling(Counted, Watched):
     """Mixed into a transport that is served by the reactor, as Twisted's are."""
 
     def begin_reading(self) -> None:
-        """It has read since the accept, and may have filled the buffer by now."""
+        """It has since the accept, unless the buffer is full."""
         self.resumeProducing()  # type: ignore[attr-defined]
+
+    def read_first(self) -> None:
+        """The reactor does."""
 
     def go_on_reading(self) -> None:
         """It does."""

@@ -26,6 +26,7 @@ from zope.interface.verify import verifyObject
 import tcpsvc
 from tcpsvc import LOCALHOST, TcpService, WhereToListen, daemon
 from tcpsvc.gate import Gate
+from tcpsvc.log import log
 from tests.daemons import refused, stop, twistd
 from tests.support import (
     LOOPBACK,
@@ -664,6 +665,7 @@ async def test_a_daemon_that_cannot_begin_late_ends(
     process = daemon.Daemon(SimpleNamespace(stop=lambda: stops.append(True)))
     endpoint = SlowEndpoint()
     service(WhereToListen.of_endpoint(endpoint)).setServiceParent(process)
+    monkeypatch.setattr(log, "says_debug", True)  # A daemon says less.
     process.startService()
     assert stops == []
     endpoint.go.callback(None)

@@ -139,7 +139,7 @@ def test_the_plugin_is_listed_and_explains_itself(start: Any) -> None:
         "max-connections", "max-accepts-per-batch", "backlog", "drop-incoming",
         "reuse-port", "buffer-age-limit", "on-handler-error", "app-dir",
         "drain-timeout", "drain-announce", "drain-spread", "eof-on-drain", "engine",
-        "version", "help",
+        "verbose", "version", "help",
     ):  # fmt: skip
         assert f"--{option}" in own.out
     assert version.out == f"tcpsvc {tcpsvc.__version__}\n"
@@ -436,6 +436,27 @@ def test_a_signal_drains_and_in_the_end_insists(start: Any, connect: Any) -> Non
         assert "closing 2 connections that remain" in child.out
         assert "Traceback" not in child.out
         assert child.err == ""
+
+
+@pytest.mark.parametrize("verbose", [(), ("--verbose",)])
+def test_a_client_has_a_line_of_its_own_only_by_request(
+    verbose: tuple[str, ...], start: Any, connect: Any
+) -> None:
+    """twistd's log has no levels, and clients could fill the disk with it."""
+    child = start(*twistd("-n", "tcpsvc", "--handler=hands.obey", *verbose))
+    client = connect(child.address())
+    assert client.read(6) == b"hello\n"
+    client.send(b"flood\n")
+    assert client.read(1) == b"x"
+    client.reset()
+    other = connect(child.address())
+    assert other.read(6) == b"hello\n"
+    other.send(b"answer\n")
+    assert len(other.read_all()) == 1_000_000
+    child.signal(signal.SIGTERM)
+    assert child.wait() == -signal.SIGTERM
+    said = re.findall("handler of .* left with ConnectionGone", child.out)
+    assert len(said) == len(verbose)
 
 
 def test_a_signal_announces_spreads_and_reports(start: Any, connect: Any) -> None:

@@ -32,13 +32,12 @@ from weakref import WeakKeyDictionary, ref
 from twisted.internet.error import ConnectionDone, ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.logger import Logger
 from twisted.python import context
 from twisted.python.failure import Failure
 from twisted.python.log import ILogContext
 from zope.interface import implementer
 
-_log = Logger(namespace="tcpsvc")
+from tcpsvc.log import log
 
 #: How long connections are served before the main reactor's other descriptors
 #: and timers have their turn, in seconds.
@@ -454,7 +453,7 @@ class SubReactor:
         failure = Failure()
         if selectable.watcher is not None and selectable.watcher.failed(failure):
             return None
-        _log.failure("Unhandled Error", failure=failure)
+        log.failure("Unhandled Error", failure=failure)
         return failure.value
 
     def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
@@ -467,7 +466,7 @@ class SubReactor:
             try:
                 selectable.readConnectionLost(reason)
             except BaseException:
-                _log.failure("Unhandled Error")
+                log.failure("Unhandled Error")
         else:
             self._lose(selectable, reason)
 
@@ -475,7 +474,7 @@ class SubReactor:
         try:
             selectable.connectionLost(reason)
         except BaseException:
-            _log.failure("Unhandled Error")
+            log.failure("Unhandled Error")
 
     def _flush(self, due: list[Any]) -> None:
         """Send what was written while a connection was served."""
