@@ -228,8 +228,8 @@ class Connection(Traffic, Generic[AddressT]):
 
     def _start(self, handler: Callable[..., object], *args: object) -> None:
         """Run the handler. Whatever it does, it ends in :meth:`handler_ended`."""
+        self._running = _FIRST_STEP  # Whoever is told of it may cancel it.
         self.starts()
-        self._running = _FIRST_STEP
         try:
             result = handler(*args)
         except BaseException:
@@ -237,6 +237,8 @@ class Connection(Traffic, Generic[AddressT]):
             return
         if type(result) is CoroutineType:
             driver = self._running = Driver(result, self.handler_ended)
+            if self._handler_cancelled:
+                driver.cancel()
             driver.resume(None)
         elif result is None:
             self.handler_ended(None)

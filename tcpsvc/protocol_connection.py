@@ -89,6 +89,7 @@ class ProtocolConnection(Connection[AddressT]):
         "__provides__",
         "_base",
         "_connected",
+        "_has_transport",
         "_is_held",
         "_protocol",
         "_user_factory",
@@ -102,6 +103,8 @@ class ProtocolConnection(Connection[AddressT]):
         self._user_factory = user_factory
         self._protocol: Any = None
         self._is_held = False
+        #: Whether the protocol has been connected.
+        self._has_transport = False
         self.transport: Any = None
         #: The lowest transport, and its socket, if it has one.
         self._base: Any = None
@@ -171,6 +174,9 @@ class ProtocolConnection(Connection[AddressT]):
 
     def _connect(self) -> None:
         self.starts()
+        if self.is_socket_closed:
+            return  # By whoever was told of it.
+        self._has_transport = True
         if tells(self.transport) and self.transport.tells_errors:
             # It tells us what we stand in between for: its own protocol may be
             # the application's, which may put another in its place.
@@ -220,7 +226,8 @@ class ProtocolConnection(Connection[AddressT]):
         if not reason.check(*_ORDINARY_REASONS):
             ended_by = reason
         try:
-            self._protocol.connectionLost(reason)
+            if self._has_transport:
+                self._protocol.connectionLost(reason)
         except BaseException:
             raised = Failure()
             if ended_by is not None:

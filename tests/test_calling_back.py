@@ -119,6 +119,67 @@ async def test_a_handler_has_itself_cancelled_in_its_first_step(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("create", [Server.create, Server.create_sock])
+@pytest.mark.parametrize("how", ["close", "cancel_handlers"])
+async def test_an_observer_cancels_the_handler_that_it_hears_start(
+    create: Any, how: str, serve: Any, connect: Any
+) -> None:
+    """As if the handler had done so itself, in its first step."""
+
+    class Cancelling(Observer):
+        def handler_started(self, connection: Any) -> None:
+            if how == "close":
+                server.close(cancel_handlers=True)
+            else:
+                server.cancel_handlers()
+
+    async def handle(*_: Any) -> None:
+        await Deferred[None]()
+
+    server = await serve(handle, create=create, observer=Cancelling())
+    client = connect(server)
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: not server.num_connections)
+    assert server.describe()["counters"]["ends"] == {Reason.CANCELLED.value: 1}
+
+
+@ensureDeferred
+@pytest.mark.parametrize("how", ["close", "abort", "server"])
+async def test_a_protocol_that_an_observer_hears_start_and_closes_is_told_in_order(
+    how: str, serve: Any, connect: Any
+) -> None:
+    """It hears of no end of what it was not connected to, and is not connected then."""
+    told: list[str] = []
+    ended: list[str] = []
+
+    class Telling(Protocol):
+        def connectionMade(self) -> None:
+            told.append("made")
+
+        def connectionLost(self, reason: Any = None) -> None:
+            told.append("lost")
+
+    class Closing(Observer):
+        def handler_started(self, connection: Any) -> None:
+            if how == "server":
+                server.close(close_existing_connections=True)
+            else:
+                getattr(connection, how)()
+
+        def handler_ended(self, connection: Any, outcome: str, failure: Any) -> None:
+            ended.append(outcome)
+
+    server = await serve(
+        Factory.forProtocol(Telling), create=Server.create_protocol, observer=Closing()
+    )
+    connect(server)
+    await until(lambda: server.describe()["counters"]["ends"])
+    assert ended == ["finished"]
+    assert told in ([], ["made", "lost"])
+    server.invariant()
+
+
+@ensureDeferred
 @pytest.mark.parametrize("how", ["connection", "reader", "server", "protocol"])
 async def test_a_greeting_and_a_close_in_the_same_turn(
     how: str, serve: Any, connect: Any, logs: Any

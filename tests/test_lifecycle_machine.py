@@ -1,7 +1,8 @@
 """
 The life of a server under everything that can be done to it, in any order: limits and
 their changes, pauses, drains, evictions, cancellations, closes, and clients of several
-peers on several listeners, for each kind of handlers and each engine.
+peers on several listeners, for each kind of handlers and each engine. Whoever is told
+of something may call the server in the midst of it: observers, handlers, callbacks.
 
 Unlike :mod:`tests.test_state_machine` this is no model of what exactly happens. It
 says what must hold whatever happens: nobody is let in beyond a limit, while paused or
@@ -22,6 +23,7 @@ import socket
 import struct
 import sys
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -134,6 +136,15 @@ MUCH = bytes(300_000)
 STEP = 0.25
 LATENESS = 1.0 + STEP + 0.05
 
+#: When somebody calls the server in the midst of what it does: an observer is told, a
+#: handler begins or ends, an error is reported, a Deferred fires.
+EVENTS = [name for name in vars(Observer) if not name.startswith("_")]
+OCCASIONS = [
+    *EVENTS,
+    *["connection_accepted", "connection_finished", "handler_ended", "ends", "ends"],
+    *["begins", "reports", "closed", "drained", "paused", "is empty"],
+]
+
 _numbers = itertools.count()
 
 
@@ -235,12 +246,23 @@ def _watching(name: str) -> Any:
                 getattr(machine, f"see_{name}")(*told)
             except BaseException as error:
                 machine.wrong.append(f"{name}: {error!r}")
+            machine.happens(name, *(t for t in told if isinstance(t, Connection)))
 
     return watch
 
 
-for _name in [n for n in vars(Observer) if not n.startswith("_")]:
+for _name in EVENTS:
     setattr(Watch, _name, _watching(_name))
+
+
+@dataclass
+class CallBack:
+    """Somebody calls the server when something happens, the first few times."""
+
+    occasion: str
+    call: str
+    number: int
+    times: int
 
 
 class Lifecycle(RuleBasedStateMachine):
@@ -261,9 +283,25 @@ class Lifecycle(RuleBasedStateMachine):
         limit=st.integers(1, 4),
         other=st.sampled_from(sorted(THEMES)),
         ending=st.sampled_from(["close", "drain", "force_drain"]),
+        calls_back=st.lists(
+            st.builds(
+                CallBack,
+                occasion=st.sampled_from(OCCASIONS),
+                call=st.deferred(lambda: st.sampled_from(sorted(CALLS))),
+                number=st.integers(0, 11),
+                times=st.sampled_from([1, 1, 2, 20]),
+            ),
+            max_size=5,
+        ),
     )
     def begin(
-        self, policy: str, opens_for: int, limit: int, other: str, ending: str
+        self,
+        policy: str,
+        opens_for: int,
+        limit: int,
+        other: str,
+        ending: str,
+        calls_back: list[CallBack],
     ) -> None:
         """Create the server."""
         type(self).examples += 1
@@ -288,6 +326,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.ever: set[str] = set()
         self.paused: str | None = None
         self.told_paused: str | None = None
+        self.paused_at = -1
         self.dropping = False
         self.closed = False
         self.unlistened_at = -1
@@ -302,7 +341,12 @@ class Lifecycle(RuleBasedStateMachine):
         self.peer_rate_at = 0.0
         self.counts: dict[Any, int] = {}
         self.taken = 0
+        self.calls_back = calls_back
+        # Whether one client may be let in that was judged before a call.
+        self.may_be_judged = False
         self.closes: list[Box] = []
+        self.pauses: list[Box] = []
+        self.empties: list[Box] = []
         self.drains: list[Box] = []
         self.drain_ends = float("inf")
         self.drained: Any = None
@@ -325,7 +369,7 @@ class Lifecycle(RuleBasedStateMachine):
         # Who is there when a drain stops accepting; it is said in no other way.
         start_accepted = self.factory.start_accepted
         self.factory.start_accepted = lambda: self.see_drain_begin(start_accepted)  # type: ignore[method-assign]
-        self.finished = Box(self.server.close_finished())
+        self.finished = self.boxed(self.server.close_finished(), "closed")
         self.over = Box(self.server.close_finished_and_handlers_determined())
         self.failed = Box(self.server.failed())
         self.port = self.server.listeners[0].listening_on
@@ -343,6 +387,28 @@ class Lifecycle(RuleBasedStateMachine):
         dry_run = self.options["dry_run"]
         return dry_run is True or (dry_run and not set(limits).isdisjoint(dry_run))
 
+    # Who calls the server in the midst of what it does.
+
+    def happens(self, occasion: str, connection: Any = None) -> None:
+        """Whoever hears of that calls the server at once."""
+        for back in self.calls_back:
+            if back.occasion != occasion or not back.times:
+                continue
+            if back.call in CLOSING and not self.may_close:
+                continue
+            back.times -= 1
+            self.may_be_judged = True
+            try:
+                CALLS[back.call](self, connection, back.number)
+            except BaseException as error:
+                self.wrong.append(f"{back}: {error!r}")
+
+    def boxed(self, deferred: Deferred[Any], occasion: str) -> Box:
+        """A Deferred, which is an occasion to call."""
+        box = Box(deferred)
+        deferred.addCallback(lambda _: self.happens(occasion))
+        return box
+
     # What the server calls.
 
     def handler(self) -> Any:
@@ -353,7 +419,12 @@ class Lifecycle(RuleBasedStateMachine):
         else:
 
             async def made(address: Any, *given: Any) -> None:
-                await self.serve(version, address, *given)
+                caller = self.starts(version, address)
+                try:
+                    self.happens("begins", caller.connection)
+                    await self.serve(caller, *given)
+                finally:
+                    self.happens("ends", caller.connection)
 
         self.factories.append(made)
         return made
@@ -365,9 +436,8 @@ class Lifecycle(RuleBasedStateMachine):
             self.wrong.append(f"{caller} is served by {version}")
         return caller
 
-    async def serve(self, version: int, address: Any, *given: Any) -> None:
+    async def serve(self, caller: Caller, *given: Any) -> None:
         """As the client's behaviour says: for streams and sockets."""
-        caller = self.starts(version, address)
         caller.given = given
         behaviour = caller.behaviour
         if behaviour == "raises":
@@ -408,6 +478,7 @@ class Lifecycle(RuleBasedStateMachine):
         """The policy, where it is a callable."""
         if not failure.check(Boom, BufferAgeLimitExceeded):
             self.wrong.append(f"reported: {failure}")
+        self.happens("reports")
         if self.policy == "tell late":
             self.reports.append(Deferred())
             return self.reports[-1]
@@ -417,7 +488,11 @@ class Lifecycle(RuleBasedStateMachine):
 
     def see_drain_begin(self, go_on: Any) -> None:
         """A drain stops accepting: who is there now is its business."""
-        self.was_there = {c.id: None for c in self.factory.connections}
+        self.was_there = {
+            c.id: None
+            for c in self.factory.connections
+            if c.id in self.by_id and not self.by_id[c.id].finished
+        }
         self.there_failed = self.factory.counters.failed
         self.there_unserved = self.factory.counters.refused
         self.server_closes()
@@ -439,7 +514,9 @@ class Lifecycle(RuleBasedStateMachine):
             or connection.id <= self.factory._last_before_pause
         ), "is paused"
         assert not self.server.is_closed, "is closed"
-        assert not self.dropping
+        if self.dropping:
+            assert self.may_be_judged, "is not dropped"
+            self.may_be_judged = False
         limit = self.options["max_connections"]
         assert self.dry("max_connections") or self.server.num_connections <= limit
         if caller.held_since is None and caller.source != "unix":
@@ -651,6 +728,8 @@ class Lifecycle(RuleBasedStateMachine):
     def see_held(self, connection: Any) -> None:
         """Who is held was accepted before there was a slot, or too early: why?"""
         factory = self.factory
+        if self.paused_at == self.steps:
+            return  # In the midst of the eviction that made room for it, perhaps.
         assert not self.paused, "is held during a pause"
         if connection.id not in factory._too_early:
             assert self.options["overflow"] == "evict", "is held in vain"
@@ -709,14 +788,17 @@ class Lifecycle(RuleBasedStateMachine):
         if self.closed:
             assert not held and not factory._replies._connections
         if held and not self.closed:
-            assert factory._is_full or held[0].id in factory._too_early
+            first = held[0].id
+            # Whoever was to be evicted for it has paused the server instead.
+            may_wait = self.paused and first > factory._last_before_pause
+            assert may_wait or factory._is_full or first in factory._too_early
         timers = self.clock.getDelayedCalls()
         is_drained = not self.drains or self.drained is not None
         # Those who cancel handlers wait for reports of their errors, too.
         is_drained = is_drained and not self.factory.is_reporting_errors
         if is_drained and not (live or held or factory._replies._connections):
-            may_wait = options["accept_rate"] is not None and not self.closed
-            assert len(timers) <= may_wait, timers
+            waits = options["accept_rate"] is not None and not self.closed
+            assert len(timers) <= waits, timers
         assert set(the_reactor().getDelayedCalls()) <= self.calls
         return self.waiters_as_expected(live)
 
@@ -902,6 +984,14 @@ class Lifecycle(RuleBasedStateMachine):
             assert self.failed.state == "pending"
             later = self.factory.counters.later_errors
             assert len(self.logs.bad()) == later, self.logs.bad()
+        for waits in self.pauses:
+            if waits.state == "pending":
+                return "a pause has not begun, or ended"
+            assert waits.state == "done" or self.closed, waits.value
+        for waits in self.empties:
+            if waits.state == "pending" and not self.server.num_connections:
+                return "nobody was told that nobody is there"
+            assert waits.state in ("pending", "done"), waits.value
         for waits in self.drains:
             assert waits.state == ("pending" if self.drained is None else "done")
             assert self.drained is None or waits.value is self.drained
@@ -924,11 +1014,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def some_running(self) -> list[Caller]:
         """Those whose handlers run."""
-        return [
-            c
-            for c in self.callers
-            if c.connection is not None and not c.finished and c.connection.is_running
-        ]
+        return [c for c in self.some_live() if c.connection.is_running]
 
     def some_live(self) -> list[Caller]:
         """Those whose connections are live."""
@@ -1045,12 +1131,15 @@ class Lifecycle(RuleBasedStateMachine):
         """A handler's connection holds no slot any more."""
         caller = self.chosen(pick, self.some_live())
         if caller is not None:
-            connection = caller.connection
+            self.uncounts(self.server.connection(caller.connection.id))
+
+    def uncounts(self, connection: Any) -> None:
+        if connection is not None:
             if connection.holds_slot:
                 self.uncounted.add(connection.id)
-            self.server.connection(connection.id).uncount()
+            connection.uncount()
             connection.label = f"label {connection.id}"
-            assert not connection.holds_slot
+            assert not connection.holds_slot or self.by_id[connection.id].finished
 
     # The server's steps.
 
@@ -1067,6 +1156,7 @@ class Lifecycle(RuleBasedStateMachine):
         now = self.clock.seconds()
         lower = changed.get("max_connections", self.options["max_connections"])
         self.is_lowered |= lower < self.server.num_connections
+        self.taken = max(self.taken, self.server.num_connections)
         self.options |= changed
         self.ever |= {name for name, value in changed.items() if value is not None}
         if self.options["overflow"] == "evict":
@@ -1111,19 +1201,23 @@ class Lifecycle(RuleBasedStateMachine):
     def pause(self, how: Any) -> None:
         """Pause, in one way or the other, or resume."""
         was_closed = self.closed  # It may be closed by that, when it drains.
-        box = Box(self.server.pause(how) if how else self.server.resume())
+        box = self.asks_to_pause(how)
         if was_closed:
             assert box.state == ServerClosed.__name__
             return
         while box.state == "pending":
             pytest_twisted.blockon(turn())
-        assert box.state == "done", box.value
-        if how == "refuse" and self.drains:
-            assert self.closed, "refuses, and still announces its drain"
-        if not self.closed:
-            self.paused = how
-        if how == "refuse":
-            self.unlistened_at = self.steps
+        assert box.state == "done" or self.server.is_closed, box.value
+
+    def asks_to_pause(self, how: Any) -> Box:
+        """Pauses and resumes are made in the order in which they are asked for."""
+        if not self.server.is_closed:
+            self.paused, self.paused_at = how, self.steps
+            if how == "refuse":
+                self.unlistened_at = self.steps
+        pausing = self.server.pause(how) if how else self.server.resume()
+        self.pauses.append(self.boxed(pausing, "paused"))
+        return self.pauses[-1]
 
     def drop(self, drop: bool) -> None:
         """Drop incoming connections, or not any more."""
@@ -1134,7 +1228,11 @@ class Lifecycle(RuleBasedStateMachine):
         """A connection is closed, or aborted."""
         caller = self.chosen(pick, self.some_live())
         if caller is not None:
-            connection = self.server.connection(caller.connection.id)
+            self.cuts(self.server.connection(caller.connection.id), how)
+
+    def cuts(self, connection: Any, how: str) -> None:
+        if connection is not None:
+            caller = self.by_id[connection.id]
             caller.causes.add("closed" if how == "close" else "aborted")
             caller.is_cut = True
             getattr(connection, how)()
@@ -1160,7 +1258,7 @@ class Lifecycle(RuleBasedStateMachine):
         ends = seconds["announce"] + seconds["spread"] + 2 * seconds["grace"]
         ends += float("inf") if timeout is None else timeout
         self.drain_ends = min(self.drain_ends, self.clock.seconds() + ends)
-        self.drains.append(Box(self.server.drain(**seconds)))
+        self.drains.append(self.boxed(self.server.drain(**seconds), "drained"))
         assert self.server.is_draining
 
     def force_drain(self) -> None:
@@ -1169,7 +1267,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.causes.add("cancelled")
         grace = 1.0 if not self.drains else 2.0
         self.drain_ends = min(self.drain_ends, self.clock.seconds() + 2 * grace)
-        self.drains.append(Box(self.server.force_drain()))
+        self.drains.append(self.boxed(self.server.force_drain(), "drained"))
 
     def close(self, existing: bool, cancel: bool) -> None:
         """Close, with the connections or their handlers or without."""
@@ -1181,14 +1279,16 @@ class Lifecycle(RuleBasedStateMachine):
             self.causes.add("cancelled")
             self.cancels()
         self.server_closes()
-        self.closes.append(
-            Box(
-                self.server.close(
-                    close_existing_connections=existing, cancel_handlers=cancel
-                )
-            )
+        closing = self.server.close(
+            close_existing_connections=existing, cancel_handlers=cancel
         )
+        self.closes.append(self.boxed(closing, "closed"))
         assert self.server.is_closed
+
+    def wait_until_empty(self) -> None:
+        """Somebody wants to hear when nobody is there."""
+        waiting = self.server.when_connections(lambda n: n == 0)
+        self.empties.append(self.boxed(waiting, "is empty"))
 
     def report_ends(self) -> None:
         """A call of on_handler_error returns."""
@@ -1273,6 +1373,7 @@ class Lifecycle(RuleBasedStateMachine):
         assert self.server.num_connections == 0
         assert self.over.state == "done"
         assert self.failed.state in ("done", "Boom")
+        assert all(box.state == "done" for box in self.empties)
         self.time_passes(1.0)
         self.settles()
         assert self.clock.getDelayedCalls() == []
@@ -1294,12 +1395,14 @@ class Lifecycle(RuleBasedStateMachine):
     def let_go(self) -> None:
         """The test itself is not what keeps anything alive."""
         self.watch.machine = None
+        self.calls_back = []
         for logs in (self.logs, self.test_logs):
             logs.events.clear()  # Events have sources.
         forget_log()
         for caller in self.callers:
             caller.connection = caller.given = caller.wake = None
-        for box in (self.finished, self.over, self.failed, *self.closes, *self.drains):
+        boxes = [self.finished, self.over, self.failed, *self.closes, *self.drains]
+        for box in (*boxes, *self.pauses, *self.empties):
             box.value = None
         self.factories.clear()
         # What has closed it keeps its frames, as long as it can be asked for.
@@ -1352,6 +1455,7 @@ MOVES: dict[str, tuple[int, Any]] = {
     ),
     "cancel_handlers": (1, lambda m, a, b: m.cancel_handlers()),
     "set_handler": (1, lambda m, a, b: m.set_handler()),
+    "wait_until_empty": (1, lambda m, a, b: m.wait_until_empty()),
     "report_ends": (2, lambda m, a, b: m.report_ends()),
     "drain": (
         2,
@@ -1367,8 +1471,34 @@ MOVES: dict[str, tuple[int, Any]] = {
 }
 NAMES = [name for name, (times, _) in MOVES.items() for _ in range(times)]
 
+#: What those call who are told of something, of a connection perhaps; with a number.
+CALLS: dict[str, Any] = {
+    "close": lambda m, c, n: m.close(existing=False, cancel=False),
+    "close all": lambda m, c, n: m.close(existing=True, cancel=n % 3 == 0),
+    "close, cancel": lambda m, c, n: m.close(existing=False, cancel=True),
+    "cancel_handlers": lambda m, c, n: m.cancel_handlers(),
+    "drain": lambda m, c, n: m.drain(
+        announce=pick([0, 0, 1], n), timeout=pick([0, 2], n), spread=0, grace=1
+    ),
+    "force_drain": lambda m, c, n: m.force_drain(),
+    "pause": lambda m, c, n: m.asks_to_pause(pick(["hold", "refuse"], n)),
+    "resume": lambda m, c, n: m.asks_to_pause(None),
+    "change": lambda m, c, n: m.change(
+        {
+            "max_connections": pick(CHANGES["max_connections"], n),
+            "overflow": pick(CHANGES["overflow"], n),
+        }
+    ),
+    "drop": lambda m, c, n: m.drop(n % 2 == 0),
+    "close it": lambda m, c, n: m.cuts(c, "close"),
+    "abort it": lambda m, c, n: m.cuts(c, "abort"),
+    "abort another": lambda m, c, n: m.one_is_closed(n, "abort"),
+    "uncount": lambda m, c, n: m.uncounts(c),
+    "wait": lambda m, c, n: m.wait_until_empty(),
+}
+
 #: What ends a server, which is not to be too early.
-CLOSING = ("drain", "force_drain", "close")
+CLOSING = ("drain", "force_drain", "close", "close all", "close, cancel")
 
 
 def subclasses(cls: type) -> set[type]:
@@ -1402,6 +1532,7 @@ class Line(Protocol):
         machine = self.machine
         self.caller = caller = machine.starts(self.version, self.address)
         caller.given = self
+        machine.happens("begins", caller.connection)
         if caller.behaviour == "raises":
             caller.causes.add("raised")
             raise Boom
@@ -1415,6 +1546,9 @@ class Line(Protocol):
             raise Boom
         if self.caller.behaviour == "echoes":
             self.machine.say(self.caller, data)
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.machine.happens("ends", self.caller.connection)
 
 
 class Lines(Factory):
