@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -737,6 +739,57 @@ async def test_of_two_starters_one_wins_a_stale_path(tmp_path: Path) -> None:
     assert not [path for path in paths if path.exists()]
 
 
+def open_or_lose(path: Path) -> Any:
+    """The socket and its path; ``None`` when somebody else has the path."""
+    try:
+        return tcpsvc.sockets.open_unix(str(path), backlog=1, mode=None)
+    except CannotListenError:
+        return None
+
+
+@ensureDeferred
+async def test_a_starter_waits_until_another_has_replaced_a_stale_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W6: else both find it stale, and the first removes the new path of the second."""
+    path = tmp_path / "s"
+    leave_stale(path)
+    is_found, goes_on = threading.Event(), threading.Event()
+    unlink, flock = os.unlink, fcntl.flock
+
+    def unlinks(name: Any, **kwargs: Any) -> None:
+        if name == str(path) and not is_found.is_set():
+            is_found.set()
+            assert goes_on.wait(PATIENCE)
+        unlink(name, **kwargs)
+
+    def locks(*args: Any) -> None:
+        try:
+            flock(*args)
+        except BlockingIOError:
+            goes_on.set()
+            raise
+
+    def has_ended(made: Any) -> Any:
+        goes_on.set()
+        return made
+
+    monkeypatch.setattr(os, "unlink", unlinks)
+    monkeypatch.setattr(fcntl, "flock", locks)
+    monkeypatch.setattr(tcpsvc.unix_paths, "LOCK_SECONDS", PATIENCE)
+    first = in_thread(open_or_lose, path)
+    assert await in_thread(is_found.wait, PATIENCE)
+    second = in_thread(open_or_lose, path).addBoth(has_ended)
+    made = [m for m in (await first, await second) if m is not None]
+    try:
+        assert len(made) == 1
+        assert path.lstat().st_ino == made[0][1].inode
+    finally:
+        for opened, bound in made:
+            bound.unlink()
+            opened.close()
+
+
 @ensureDeferred
 async def test_many_starters_in_one_process_leave_one_server(
     tmp_path: Path, connect: Any
@@ -745,13 +798,7 @@ async def test_many_starters_in_one_process_leave_one_server(
     path = tmp_path / "s"
     leave_stale(path)
 
-    def start() -> Any:
-        try:
-            return tcpsvc.sockets.open_unix(str(path), backlog=1, mode=None)
-        except CannotListenError:
-            return None
-
-    starting = [in_thread(start) for _ in range(8)]
+    starting = [in_thread(open_or_lose, path) for _ in range(8)]
     made = [m for m in [await d for d in starting] if m is not None]
     try:
         assert len(made) == 1
@@ -768,8 +815,6 @@ async def test_a_held_lock_is_given_up_on_and_leaves_nothing_open(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     """W6, W8: a lock that nobody gives up is an error, not a hang."""
-    import fcntl
-
     monkeypatch.setattr(tcpsvc.unix_paths, "LOCK_SECONDS", 0.01)
     holder = os.open(tmp_path, os.O_RDONLY)
     try:
