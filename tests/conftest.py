@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.support import (
     logs,
     nothing_left_behind,
     serve,
+    the_reactor,
     what_is_there_stays,
 )
 
@@ -65,6 +67,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "for servers of the tests' own process that do not say theirs, and some tests "
         "need no reactor. It runs with their defaults only.",
     )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """
+    A reactor that was stopped runs no further test: say so, and by what. SIGTERM, of
+    ``timeout``, say, shows as "illegal switch in blockon" in whatever test there is.
+    """
+
+    def stopped() -> None:
+        number = getattr(the_reactor(), "_exitSignal", None)
+        by = "reactor.stop()" if number is None else signal.Signals(number).name
+        session.shouldstop = f"the reactor was stopped by {by}"
+
+    the_reactor().addSystemEventTrigger("before", "shutdown", stopped)
 
 
 def pytest_collection_modifyitems(
