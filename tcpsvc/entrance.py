@@ -348,9 +348,11 @@ class Entrance(protocol.ServerFactory):
             self._held_unconnected[connection.id] = connection
             return connection
         self._admit(connection)
-        # The application's factory may refuse, and may close this server.
-        if isinstance(connection, ProtocolConnection) and (
-            not connection.build() or self.is_closed
+        # The application's factory may refuse. It may close this server, as whoever is
+        # told of the last slot may.
+        if self.is_closed or (
+            isinstance(connection, ProtocolConnection)
+            and not (connection.build() and not self.is_closed)
         ):
             connection.forget()
             return Refuser()

@@ -333,6 +333,39 @@ async def test_who_is_closed_before_its_start_has_ended_and_was_not_refused(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("kind", ["create", "create_sock", "create_protocol"])
+async def test_whoever_takes_the_last_slot_of_a_server_closed_by_that_is_refused(
+    kind: str, serve: Any, connect: Any
+) -> None:
+    """Nobody is accepted after a close, whoever closes."""
+    heard: list[str] = []
+
+    class Closing(Observer):
+        def limit_reached(self, limit: str) -> None:
+            server.close()
+
+        def connection_accepted(self, connection: Any) -> None:
+            heard.append("accepted")
+
+        def connection_refused(self, address: Any, reason: Reason) -> None:
+            heard.append(reason.value)
+
+    def handle(*_: Any) -> None:
+        heard.append("started")
+
+    is_protocol = kind == "create_protocol"
+    handler: Any = Factory.forProtocol(Protocol) if is_protocol else handle
+    server = await serve(
+        handler, create=getattr(Server, kind), max_connections=1, observer=Closing()
+    )
+    client = connect(server)
+    assert await in_thread(client.read_all) == b""
+    await server.close_finished_and_handlers_determined()
+    assert heard == [Reason.UNSERVED.value]
+    server.invariant()
+
+
+@ensureDeferred
 async def test_equal_observers_are_two(serve: Any) -> None:
     """Whoever is removed is the one, not whoever is like it."""
 

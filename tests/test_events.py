@@ -442,7 +442,9 @@ def test_one_may_close_the_server_in_the_middle_of_an_event(
         client.send_eof()
     assert server.factory.when_over().called
     counters = server.factory.counters
-    assert sum(counters.ends.values()) == counters.accepted == 1
+    assert sum(counters.ends.values()) == counters.accepted
+    assert counters.accepted + counters.refused == 1
+    assert bool(counters.refused) is (event == "limit_reached")
     if event in ("limit_reached", "connection_accepted"):
         assert handlers.started == []
 
