@@ -352,7 +352,7 @@ class Entrance(protocol.ServerFactory):
         # told of the last slot may.
         if self.is_closed or (
             isinstance(connection, ProtocolConnection)
-            and not (connection.build() and not self.is_closed)
+            and (not connection.build() or self.is_closed)
         ):
             connection.forget()
             return Refuser()
