@@ -20,8 +20,8 @@ class Counters(Observer):
 
     :ivar accepted: connections that took a slot.
     :ivar dropped: clients closed at once because the server was dropping.
-    :ivar refused: connections closed without a handler: after ``close``, or
-        because the application's factory built no protocol.
+    :ivar refused: connections closed without a handler, as nothing else was the
+        reason: after ``close``, or because the application's factory built no protocol.
     :ivar finished: handlers that ended by themselves.
     :ivar left: handlers that ended because their connection was gone, or because
         the server cancelled them.

@@ -345,7 +345,9 @@ async def test_closing_in_the_middle_of_the_storm(
         assert served.started_when_closed == 0
         assert served.excess == []
         counters = server._factory.counters
-        assert counters.accepted == served.started + counters.refused
+        assert sum(counters.ends.values()) == counters.accepted
+        # Besides, some have left before their start.
+        assert served.started + counters.refused <= counters.accepted
         assert await served.still_there(logs) == []
     assert open_descriptors().keys() <= before.keys()
 
