@@ -439,9 +439,10 @@ class StreamConnection(Connection[AddressT]):
 
     @property
     def _is_tls(self) -> bool:
-        return self._chunks is not None and bool(
-            ISSLTransport.providedBy(self.transport)
-        )
+        if self._chunks is None:
+            # Twisted's own transport: then it is the handler that has started it.
+            return bool(getattr(self._base, "TLS", False))
+        return bool(ISSLTransport.providedBy(self.transport))
 
     def _is_readable(self) -> bool:
         return not self._has_eof and not self.is_socket_closed
@@ -476,16 +477,10 @@ class StreamConnection(Connection[AddressT]):
     def _flush_done(self) -> None:
         if self._has_flow_control:
             self._shut_off_producer()
-        if (
-            getattr(self._base, "TLS", False)  # Started by the handler.
-            if self._chunks is None
-            else self._socket is None or self._is_tls
-        ):
+        if self._socket is None or self._is_tls:
             self._phase = _LOSING
             self.transport.loseConnection()
-            return
-        assert self._socket is not None
-        if self._has_eof or kernel.nothing_pending(self._socket):
+        elif self._has_eof or kernel.nothing_pending(self._socket):
             self._close_orderly()
         else:
             self._phase = _LINGERING

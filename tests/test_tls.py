@@ -568,7 +568,8 @@ async def test_max_connections_is_exact_under_tls(
 async def test_a_last_word_under_tls_that_a_handler_started_is_sent(
     serve: Any, connect: Any, tmp_path: Path, engine: str
 ) -> None:
-    """H3: TLS holds small writes back for a turn; and it says goodbye."""
+    """H3, S10: TLS holds small writes back for a turn; and it says goodbye, which is
+    no half-close."""
     certificate = str(make_certificate(tmp_path))
     context = DefaultOpenSSLContextFactory(certificate, certificate)
 
@@ -576,7 +577,11 @@ async def test_a_last_word_under_tls_that_a_handler_started_is_sent(
         assert await reader.readline() == b"STARTTLS\n"
         writer.write(b"go ahead\n")
         await writer.flushed()
+        assert writer.can_write_eof
         reader.transport.startTLS(context)
+        assert not writer.can_write_eof
+        with pytest.raises(RuntimeError, match="no half-close"):
+            writer.write_eof()
         writer.write((await reader.readline()).upper())
 
     server = await serve(handler, engine=engine, on_handler_error="raise")
