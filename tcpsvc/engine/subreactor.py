@@ -107,7 +107,8 @@ class SubReactor:
     :ivar due: connections with something to flush after that.
     :ivar served: the connection that is being served.
     :ivar first_bytes: how many bytes may be read from new connections, when their
-        handlers start, before the next turn: as many as one connection gives in one.
+        handlers first wait, before the next turn: as many as one connection gives in
+        one.
         Else a crowd of them would keep everybody else waiting.
     :ivar receive_size: how many bytes to read at a time. A handler that works off
         a full 64 KiB of small requests takes milliseconds; with many of those a
