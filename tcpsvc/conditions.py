@@ -34,7 +34,7 @@ class Conditions:
         """
         if not callable(condition):
             return fail(
-                TypeError(f"condition={condition!r} is no function of a number")
+                TypeError(f"condition={condition!r} is not callable: give a function")
             )
         try:
             if condition(count):
