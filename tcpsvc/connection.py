@@ -45,6 +45,7 @@ from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.snapshot import ConnectionSnapshot
+from tcpsvc.sweeper import Sweeper
 from tcpsvc.traffic import Traffic
 
 AddressT = TypeVar("AddressT")
@@ -103,8 +104,9 @@ class Owner(Protocol):
     def lets_pass(self, connection: Any, reason: Reason) -> bool:
         """Whether what ends it is in a dry run. Then that is told, once."""
 
-    def watch(self, connection: Any) -> float:
-        """Sweep it about once a second. Returns the time."""
+    @property
+    def sweeper(self) -> Sweeper:
+        """Sweeps connections that have something to look after."""
 
     def descriptor_closed(self) -> None:
         """Its socket is closed."""

@@ -108,7 +108,7 @@ class Entrance(protocol.ServerFactory):
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
-        self._sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
+        self.sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
         #: Whether there is, or ever was, a limit that remembers connections.
         self._is_limited = False
         self._limit_as_set()
@@ -483,8 +483,8 @@ class Entrance(protocol.ServerFactory):
         slots = self.slots
         may_exceed = "max_connections" in self.settings.dry_run
         slots.take(connection, may_exceed=may_exceed)
-        if self._sweeper.sweeps_all:
-            self._sweeper.began()
+        if self.sweeper.sweeps_all:
+            self.sweeper.began()
         if slots.is_full and not may_exceed:
             self._refusal_log.all_slots_taken()
         if self._conditions.waiting:
@@ -543,8 +543,8 @@ class Entrance(protocol.ServerFactory):
         slots = self.slots
         was_full = slots.is_full
         slots.free(connection)
-        if self._sweeper.timer is not None:
-            self._sweeper.forget(connection)
+        if self.sweeper.timer is not None:
+            self.sweeper.forget(connection)
         if self._is_limited:
             if self._admission.counts_peers:
                 self._admission.leave(connection)
@@ -609,7 +609,7 @@ class Entrance(protocol.ServerFactory):
         interval = self._timeouts.interval
         if interval is None and self.settings.overflow == "evict":
             interval = RANKING_LASTS
-        self._sweeper.sweep_all(interval)
+        self.sweeper.sweep_all(interval)
         if interval is not None or self._admission.counts_peers:
             self._is_limited = True
 
@@ -661,7 +661,7 @@ class Entrance(protocol.ServerFactory):
             and self._timeouts.windows.keys() <= live.keys(),
         }
         broken += [check for check, holds in checks.items() if not holds]
-        return [*broken, *self._sweeper.broken(), *self._replies.broken()]
+        return [*broken, *self.sweeper.broken(), *self._replies.broken()]
 
     def _names(self) -> str:
         return addresses_text(self._addresses()) or "a server"

@@ -382,10 +382,6 @@ class ServerFactory(Entrance):
         """Whether a client waits to be accepted, at a port that has a gate."""
         return self.exhaustion.pause is None and self.exhaustion.is_awaited
 
-    def watch(self, connection: Any) -> float:
-        """Sweep a connection. Returns the time."""
-        return self._sweeper.watch(connection)
-
     # Twisted's hooks.
 
     def doStart(self) -> None:

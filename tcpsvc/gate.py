@@ -63,6 +63,7 @@ class Admits(Protocol):
     exhaustion: Exhaustion
     is_dropping: bool
     takes_sockets: bool
+    takes_streams: bool
 
     @property
     def is_observed(self) -> bool: ...
@@ -121,7 +122,11 @@ class Gate:
         port = self._port
         if self._factory.settings.engine == "auto":
             self._engine = engage(port.reactor, wanted)
-        chosen = self._engine.transport_class if self._engine else telling(wanted)
+        if self._engine is not None:
+            chosen = self._engine.transport_class
+        else:
+            # A reader and a writer count by themselves.
+            chosen = telling(wanted, not self._factory.takes_streams)
         if hasattr(port, "serve_with"):
             port.serve_with(chosen)
         else:

@@ -61,7 +61,7 @@ class Replies:
         self.errors: ErrorLog = owner.errors
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
-        self._sweeper = Sweeper(self.clock, self._connections)
+        self.sweeper = Sweeper(self.clock, self._connections)
 
     @property
     def may_reply(self) -> bool:
@@ -86,7 +86,7 @@ class Replies:
 
     def broken(self) -> list[str]:
         """What does not hold, and ought to."""
-        broken = [f"of last words: {check}" for check in self._sweeper.broken()]
+        broken = [f"of last words: {check}" for check in self.sweeper.broken()]
         if len(self._connections) > MOST_REPLIES:
             broken.append("not too many are given a last word")
         return broken
@@ -128,10 +128,6 @@ class Replies:
         """There are no limits, and so no dry runs of them."""
         return False
 
-    def watch(self, connection: Any) -> float:
-        """It is to be swept."""
-        return self._sweeper.watch(connection)
-
     def descriptor_closed(self) -> None:
         """One more for the server."""
         self._owner.descriptor_closed()
@@ -139,7 +135,7 @@ class Replies:
     def release(self, connection: Any, error: Failure | None) -> None:
         """It is over."""
         self._connections.pop(connection.id, None)
-        self._sweeper.forget(connection)
+        self.sweeper.forget(connection)
 
     def report(self, peer: Any, error: Failure) -> None:
         """It has no handler that could fail."""

@@ -416,7 +416,7 @@ class StreamConnection(Connection[AddressT]):
 
     def watch(self) -> float:
         """Have the sweep look at this connection. Returns the time."""
-        return self._factory.watch(self)
+        return self._factory.sweeper.watch(self)
 
     @property
     def host(self) -> Any:

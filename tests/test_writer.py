@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -158,6 +159,66 @@ async def test_bytes_to_write_are_those_the_kernel_has_not_taken(scene: Any) -> 
     assert len(await in_thread(s.client.read, len(MUCH))) == len(MUCH)
     await flushing
     assert s.writer.bytes_to_write == 0
+
+
+class Unlucky:
+    """A socket whose next sends fail with some errors."""
+
+    def __init__(self, socket: Any, *errors: int) -> None:
+        self._socket = socket
+        self._errors = list(errors)
+
+    def send(self, data: Any) -> Any:
+        if self._errors:
+            raise OSError(self._errors.pop(), "as the test has it")
+        return self._socket.send(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+@ensureDeferred
+async def test_a_kernel_without_buffers_is_asked_again(
+    serve: Any, connect: Any
+) -> None:
+    """S5: ENOBUFS is no loss, as it is none to Twisted; whenever it is written."""
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        transport = writer.transport
+        real = transport.socket
+        async for line in reader:  # In the turn that has read it.
+            transport.socket = Unlucky(real, errno.ENOBUFS, errno.ENOBUFS)
+            writer.write(line)
+        transport.socket = Unlucky(real, errno.ENOBUFS)
+        writer.write(b"end")
+
+    client = connect(await serve(handler))
+    for line in b"one\n", b"two\n":
+        client.send(line)
+        assert await in_thread(client.read, 4) == line
+    client.shut()
+    assert await in_thread(client.read_all) == b"end"
+
+
+@ensureDeferred
+async def test_a_send_that_fails_loses_the_connection(serve: Any, connect: Any) -> None:
+    """S4: by any other error."""
+    ends: list[str] = []
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        transport = writer.transport
+        async for line in reader:
+            lasting = [errno.EHOSTUNREACH] * 2
+            transport.socket = Unlucky(transport.socket, *lasting)
+            writer.write(line)
+        ends.append("of input")
+
+    server = await serve(handler)
+    client = connect(server)
+    client.send(b"line\n")
+    assert await in_thread(client.read_all) == b""
+    await until(lambda: server.num_connections == 0)
+    assert ends == ["of input"]
 
 
 # What flushed waits for (S5)

@@ -34,7 +34,7 @@ from twisted.python.failure import Failure
 
 from tcpsvc.addresses import ipv4_address
 from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor
-from tcpsvc.transport import Counted, Watched
+from tcpsvc.transport import NO_ROOM, Counted, Watched
 
 _LOST = Failure(CONNECTION_LOST)
 
@@ -350,11 +350,11 @@ class _SendsAtOnce(Watched):
             self._tempDataLen = 0
             try:
                 sent = self.socket.send(data)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    self.dataBuffer = data  # It was not sent.
+                    return CONNECTION_LOST
                 sent = 0
-            except OSError:
-                self.dataBuffer = data  # It was not sent.
-                return CONNECTION_LOST
             if sent != len(data):
                 self.dataBuffer = data
                 self.offset = sent
