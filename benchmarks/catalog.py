@@ -136,7 +136,7 @@ def installed_version(package: str) -> str | None:
     if package == "tcpsvc":
         # The one beside this package is measured, installed or not.
         return tcpsvc.__version__
-    if package == "asyncio":
+    if package in ("asyncio", "python"):
         return platform.python_version()
     try:
         return version(package)
@@ -146,6 +146,7 @@ def installed_version(package: str) -> str | None:
 
 _ALL = ("protocol", "lines", "chunks", "oneshot")
 _STREAMS = ("lines", "chunks", "oneshot")
+_BUFFERLESS = ("protocol", "chunks", "oneshot")
 
 PEERS = {
     peer.name: peer
@@ -164,8 +165,9 @@ PEERS = {
         Peer("uvloop", "with_asyncio", _ALL, "uvloop", ("uvloop",)),
         Peer("trio", "with_trio", ("chunks",), "trio"),
         Peer("gevent", "with_gevent", _STREAMS, "gevent"),
-        # It has no buffers, and so reads no lines. Its echo is a protocol's and a
-        # handler's alike.
-        Peer("C (epoll)", "with_epoll", ("protocol", "chunks", "oneshot"), None),
+        # These have no buffers, and so read no lines. Their echo is a protocol's and
+        # a handler's alike.
+        Peer("Python (epoll)", "with_python", _BUFFERLESS, "python"),
+        Peer("C (epoll)", "with_epoll", _BUFFERLESS, None),
     )
 }

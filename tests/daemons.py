@@ -30,7 +30,7 @@ ROOT = Path(tcpsvc.__file__).parent.parent
 
 #: A module of a user's, as it lies in the current directory.
 HANDS = '''
-import atexit, os, socket
+import atexit, gc, os, socket
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Factory, Protocol
 
@@ -63,6 +63,8 @@ async def obey(address, reader, writer):
                     pass
         elif order == "uid":
             writer.write(b"%d\\n" % os.getuid())
+        elif order == "collect":
+            writer.write(b"%d\\n" % len(gc.get_objects()))
         elif order == "note":
             atexit.register(open, rest, "w")
             writer.write(b"noted\\n")

@@ -267,6 +267,19 @@ def test_handlers_of_every_kind_are_served_by_each_engine(
     assert stop(*children) == [-signal.SIGTERM] * 3
 
 
+def test_a_garbage_collection_leaves_alone_what_was_loaded(
+    start: Any, connect: Any
+) -> None:
+    """Else it would keep clients waiting for the 40 000 objects that always stay."""
+    child = start(*twistd("-n", "tcpsvc", "--handler=hands.obey"))
+    client = connect(child.address("127.0.0.1"))
+    assert client.read(6) == b"hello\n"
+    client.send(b"collect\n")
+    client.shut()
+    assert 0 < int(client.read_all()) < 5000
+    stop(child)
+
+
 def test_the_limits_of_connections_and_backlog(start: Any, connect: Any) -> None:
     """--max-connections, and --backlog for --socket and for --listen."""
     child = start(
