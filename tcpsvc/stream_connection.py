@@ -300,7 +300,7 @@ class StreamConnection(Connection[AddressT]):
             self.reader.read_first = self._base.read_first
         self._start(self._handler, self.peer, self.reader, self.writer)
         if self._chunks is None:
-            self._base.go_on_reading()
+            self._base.end_first_step()
 
     def close_now(self) -> None:
         if self.is_socket_closed or self._aborted:

@@ -154,8 +154,8 @@ class _Telling(Watched):
     def read_first(self) -> None:
         """The reactor does."""
 
-    def go_on_reading(self) -> None:
-        """It does."""
+    def end_first_step(self) -> None:
+        """There is nothing to make good."""
 
     def write(self, data: Any) -> None:
         """Write, and tell when nothing waited before."""

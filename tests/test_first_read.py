@@ -15,6 +15,7 @@ from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
+from twisted.logger import LogLevel
 
 from tcpsvc import Observer, Reason
 from tcpsvc.engine.subreactor import (
@@ -426,3 +427,108 @@ async def test_a_first_statement_may_give_the_socket_away(
     client.send(b"hello")
     assert await in_thread(client.read_all) == b""
     assert heard == [b"hello"]
+
+
+class CountsSends:
+    """A socket that counts what is sent."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self.sizes: list[int] = []
+
+    def send(self, data: Any) -> int:
+        self.sizes.append(len(data))
+        return int(self._socket.send(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+@pytest.mark.parametrize("then", ["ends", "waits"])
+@ensureDeferred
+async def test_what_a_first_step_writes_is_sent_in_one_piece(
+    serve: Any, connect: Any, then: str
+) -> None:
+    """S5: whether its handler is over then or not, as in every later turn."""
+    sockets: list[CountsSends] = []
+    going_on = Deferred[None]()
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        counts = CountsSends(writer.transport.socket)
+        writer.transport.socket = counts
+        sockets.append(counts)
+        writer.write(b"HTTP/1.0 200 OK\r\n")
+        writer.write(b"\r\n")
+        writer.write(b"body")
+        if then == "waits":
+            await going_on
+
+    client = connect(await serve(handler))
+    assert await in_thread(client.read, 23) == b"HTTP/1.0 200 OK\r\n\r\nbody"
+    assert sockets[0].sizes == [23]
+    going_on.callback(None)
+    assert await in_thread(client.read_all) == b""
+
+
+@ensureDeferred
+async def test_a_first_step_that_turns_the_reactor_has_sent_what_it_wrote(
+    serve: Any, connect: Any
+) -> None:
+    """Its own end may be far: within it another starts that does the same."""
+    clients: list[Any] = []
+    greeted: set[int] = set()
+
+    def come() -> None:
+        number = len(clients)
+        clients.append(connect(server))
+        reading = in_thread(clients[number].read, 6)
+        reading.addCallback(lambda read: greeted.add(number))
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        number = len(clients) - 1
+        writer.write(b"hello ")
+        if number < 2:
+            come()
+        turns = 0
+        while number not in greeted and turns < 500:
+            turns += 1
+            the_reactor().iterate(0.01)
+        writer.write(b"world" if number in greeted else b"too late")
+
+    server = await serve(handler)
+    come()
+    await until(lambda: len(greeted) == 3 and server.num_connections == 0)
+    for client in clients:
+        assert await in_thread(client.read_all) == b"world"
+
+
+@ensureDeferred
+async def test_a_producer_that_fails_in_a_first_step_keeps_nobody_from_starting(
+    serve: Any, connect: Any, logs: Any
+) -> None:
+    """It is its connection's end, as in a turn."""
+    started: list[int] = []
+
+    class Fails:
+        def resumeProducing(self) -> None:
+            raise RuntimeError("no more")
+
+        def stopProducing(self) -> None:
+            pass
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        started.append(len(started))
+        if len(started) == 1:
+            writer.write(b"first ")
+            writer.transport.registerProducer(Fails(), True)
+            writer.transport.producerPaused = True
+        writer.write(b"bytes")
+        await reader.read()
+
+    server = await serve(handler, max_accepts_per_batch=2)
+    clients = [connect(server), connect(server)]
+    assert await in_thread(clients[0].read_all) == b"first bytes"
+    assert await in_thread(clients[1].read, 5) == b"bytes"
+    assert started == [0, 1]
+    (failed,) = logs.take(LogLevel.critical)
+    assert "no more" in str(failed["log_failure"].value)

@@ -337,9 +337,7 @@ class SubReactor:
         else:
             events = self._poller.poll(0, MOST_EVENTS)
         is_nested = self.is_serving  # A handler has called reactor.iterate().
-        outer = self.served
-        if is_nested and outer is not None and outer.is_flush_due:
-            outer.wait_for_room()  # Its own flush comes after this turn.
+        outer = self.serves(None)
         self.is_serving = True
         self.turn += 1
         if self.turn > self._rests_until:
@@ -414,6 +412,18 @@ class SubReactor:
                 if not self._interests:
                     self._close_if_idle()
 
+    def serves(self, selectable: Any) -> Any:
+        """
+        From now on a connection is served, or one after the other.
+
+        :returns: who was before, and is to be afterwards.
+        """
+        outer = self.served
+        if outer is not None and outer.is_flush_due:
+            outer.wait_for_room()  # Its own flush comes after that.
+        self.served = selectable
+        return outer
+
     def _next_credit(self, spent: float) -> int:
         """How much may be done before the clock is looked at again."""
         if spent > TURN / 10:
@@ -485,11 +495,12 @@ class SubReactor:
         due.clear()
         for transport in flushed:
             if transport.is_flush_due:
-                self._flush_one(transport)
+                self.flush_one(transport)
         if due:
             self._flush_later()
 
-    def _flush_one(self, transport: Any) -> None:
+    def flush_one(self, transport: Any) -> None:
+        """Send what was written to a connection, or lose it."""
         try:
             why = transport.flush()
         except BaseException:

@@ -94,6 +94,10 @@ class _SendsAtOnce(Watched):
     _flushed_in = -1
     #: Whether it is to be read from, and the kernel is not asked to tell of input yet.
     _is_to_watch = False
+    #: Whether what its handler writes goes after its first step, and who was served
+    #: before that.
+    _is_in_first_step = False
+    _outer: Any = None
 
     def __init__(
         self,
@@ -166,10 +170,16 @@ class _SendsAtOnce(Watched):
         """
         The handler starts: what has come already is read when it first waits for
         something (:meth:`read_first`), and the kernel is asked to tell of more only
-        after its first step (:meth:`go_on_reading`). Most short connections are over
+        after its first step (:meth:`end_first_step`). Most short connections are over
         by then. That they are never added and removed, nor their handlers suspended,
         is 17 % of their life, and 3 % of one that goes on.
+
+        What it writes goes after that step, in one piece, as in a turn.
         """
+        if self._is_plain and not self.is_flush_due:
+            self.is_flush_due = True
+            self._outer = self._group.serves(self)
+            self._is_in_first_step = True
         if self.plain_socket is None or self._group.first_bytes <= 0:
             self.resumeProducing()  # Unless it is lost, or to be.
         else:
@@ -197,8 +207,17 @@ class _SendsAtOnce(Watched):
         else:
             self.startReading()  # To be told of the end again.
 
-    def go_on_reading(self) -> None:
-        """Have the kernel tell of more, unless somebody has decided that."""
+    def end_first_step(self) -> None:
+        """
+        Send what was written, and have the kernel tell of more, unless somebody has
+        decided that.
+        """
+        if self._is_in_first_step:
+            self._is_in_first_step = False
+            self._group.served = self._outer
+            self._outer = None
+            if self.is_flush_due and not self.dataBuffer:
+                self._group.flush_one(self)
         if self._is_to_watch:
             self.startReading()
 
