@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import CannotListenError, ConnectionLost
 from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
     IReactorFDSet,
     IReadDescriptor,
     ITCPTransport,
@@ -25,11 +26,13 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 from twisted.python import log
 from twisted.python.failure import Failure
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from tcpsvc import LOCALHOST, Server, WhereToListen
 from tcpsvc.engine import subreactor, transports
 from tcpsvc.engine.subreactor import SubReactor
+from tests.middle import CountsSends
 from tests.support import Logs, in_thread, the_reactor, turn, until
 
 
@@ -149,22 +152,16 @@ async def test_two_servers_share_the_sub_reactor(serve: Any, connect: Any) -> No
 # Sending.
 
 
-class Counting:
-    """A socket that counts what is sent, and notes in which turn."""
+class Counting(CountsSends):
+    """Notes in which turn it was, too."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.sends: list[int] = []
+    def __init__(self, transport: Any) -> None:
+        super().__init__(transport)
         self.turns: list[int] = []
 
     def send(self, data: Any) -> int:
-        sent: int = self.inner.send(data)
-        self.sends.append(sent)
         self.turns.append(group().turn)
-        return sent
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        return super().send(data)
 
 
 @ensureDeferred
@@ -176,8 +173,7 @@ async def test_many_small_writes_leave_in_one_send(serve: Any, connect: Any) -> 
     async def handler(_: Any, reader: Any, writer: Any) -> None:
         await reader.readline()
         turns.append(group().turn)
-        writer.transport.socket = Counting(writer.transport.socket)
-        counting.append(writer.transport.socket)
+        counting.append(Counting(writer.transport))
         for _ in range(100):
             writer.write(b"piece")
         await reader.readline()
@@ -200,7 +196,7 @@ async def test_a_write_to_another_connection_leaves_in_the_same_turn(
     turns: list[int] = []
 
     async def handler(_: Any, reader: Any, writer: Any) -> None:
-        writer.transport.socket = Counting(writer.transport.socket)
+        Counting(writer.transport)
         writers.append(writer)
         async for line in reader:
             turns.append(group().turn)
@@ -232,8 +228,7 @@ async def test_a_write_outside_any_turn_reaches_the_client(
     server = await serve(handler)
     client = connect(server)
     await all_wait(server, 1)
-    counting = Counting(writers[0].transport.socket)
-    writers[0].transport.socket = counting
+    counting = Counting(writers[0].transport)
 
     def write() -> None:
         assert not group().is_serving
@@ -903,6 +898,54 @@ async def test_the_transports_are_twisted_transports(
         transport.setTcpNoDelay(True)
         assert transport.getTcpNoDelay()
     assert repr(transport).startswith("<")
+
+
+@ensureDeferred
+async def test_what_waits_after_an_early_flush_is_not_overtaken(
+    serve: Any, connect: Any
+) -> None:
+    """Nor lost: a close sends before its turn is over, and more may be written then."""
+    much = b"x" * 20_000_000
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        await reader.read()
+        writer.write(much)
+        writer.close()
+        writer.transport.write(b"tail")
+
+    client = connect(await serve(handler))
+    client.shut()
+    assert await in_thread(client.read_all) == much + b"tail"
+
+
+@ensureDeferred
+async def test_the_write_side_is_closed_once(serve: Any, connect: Any) -> None:
+    """Also when the kernel has been asked for room before that was flushed."""
+    closed: list[str] = []
+
+    @implementer(IHalfCloseableProtocol)
+    class Halves(Protocol):
+        transport: Any
+
+        def dataReceived(self, data: bytes) -> None:
+            self.transport.write(data)
+            self.transport.loseWriteConnection()
+            group().serves(group().serves(None))  # As a turn within this one does.
+
+        def readConnectionLost(self) -> None:
+            closed.append("read")
+            self.transport.loseConnection()
+
+        def writeConnectionLost(self) -> None:
+            closed.append("write")
+
+    server = await serve(Factory.forProtocol(Halves), create=Server.create_protocol)
+    client = connect(server)
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    client.close()
+    await until(lambda: server.num_connections == 0)
+    assert closed == ["write", "read"]
 
 
 # Protocols that the transport serves directly.

@@ -24,6 +24,7 @@ from tcpsvc.engine.subreactor import (
     MOST_TURNS_OF_REST,
     SubReactor,
 )
+from tests.middle import CountsSends
 from tests.support import in_thread, the_reactor, turn, until
 from tests.tls import client_context, make_certificate
 
@@ -429,21 +430,6 @@ async def test_a_first_statement_may_give_the_socket_away(
     assert heard == [b"hello"]
 
 
-class CountsSends:
-    """A socket that counts what is sent."""
-
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
-        self.sizes: list[int] = []
-
-    def send(self, data: Any) -> int:
-        self.sizes.append(len(data))
-        return int(self._socket.send(data))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
-
-
 @pytest.mark.parametrize("then", ["ends", "waits"])
 @ensureDeferred
 async def test_what_a_first_step_writes_is_sent_in_one_piece(
@@ -454,9 +440,7 @@ async def test_what_a_first_step_writes_is_sent_in_one_piece(
     going_on = Deferred[None]()
 
     async def handler(_: Any, reader: Any, writer: Any) -> None:
-        counts = CountsSends(writer.transport.socket)
-        writer.transport.socket = counts
-        sockets.append(counts)
+        sockets.append(CountsSends(writer.transport))
         writer.write(b"HTTP/1.0 200 OK\r\n")
         writer.write(b"\r\n")
         writer.write(b"body")
@@ -465,7 +449,7 @@ async def test_what_a_first_step_writes_is_sent_in_one_piece(
 
     client = connect(await serve(handler))
     assert await in_thread(client.read, 23) == b"HTTP/1.0 200 OK\r\n\r\nbody"
-    assert sockets[0].sizes == [23]
+    assert sockets[0].sends == [23]
     going_on.callback(None)
     assert await in_thread(client.read_all) == b""
 

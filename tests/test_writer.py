@@ -26,6 +26,7 @@ from tcpsvc import (
     WhereToListen,
     kernel,
 )
+from tests.middle import FailsSends
 from tests.streams import Held, ended, outcome
 from tests.support import in_thread, settle, turn, until
 
@@ -161,22 +162,6 @@ async def test_bytes_to_write_are_those_the_kernel_has_not_taken(scene: Any) -> 
     assert s.writer.bytes_to_write == 0
 
 
-class Unlucky:
-    """A socket whose next sends fail with some errors."""
-
-    def __init__(self, socket: Any, *errors: int) -> None:
-        self._socket = socket
-        self._errors = list(errors)
-
-    def send(self, data: Any) -> Any:
-        if self._errors:
-            raise OSError(self._errors.pop(), "as the test has it")
-        return self._socket.send(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
-
-
 @ensureDeferred
 async def test_a_kernel_without_buffers_is_asked_again(
     serve: Any, connect: Any
@@ -184,12 +169,10 @@ async def test_a_kernel_without_buffers_is_asked_again(
     """S5: ENOBUFS is no loss, as it is none to Twisted; whenever it is written."""
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
-        transport = writer.transport
-        real = transport.socket
         async for line in reader:  # In the turn that has read it.
-            transport.socket = Unlucky(real, errno.ENOBUFS, errno.ENOBUFS)
+            FailsSends(writer.transport, errno.ENOBUFS, errno.ENOBUFS)
             writer.write(line)
-        transport.socket = Unlucky(real, errno.ENOBUFS)
+        FailsSends(writer.transport, errno.ENOBUFS)
         writer.write(b"end")
 
     client = connect(await serve(handler))
@@ -206,10 +189,8 @@ async def test_a_send_that_fails_loses_the_connection(serve: Any, connect: Any) 
     ends: list[str] = []
 
     async def handler(address: Any, reader: Any, writer: Any) -> None:
-        transport = writer.transport
         async for line in reader:
-            lasting = [errno.EHOSTUNREACH] * 2
-            transport.socket = Unlucky(transport.socket, *lasting)
+            FailsSends(writer.transport, errno.EHOSTUNREACH, errno.EHOSTUNREACH)
             writer.write(line)
         ends.append("of input")
 

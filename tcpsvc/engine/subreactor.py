@@ -494,7 +494,8 @@ class SubReactor:
         flushed = due[:]
         due.clear()
         for transport in flushed:
-            if transport.is_flush_due:
+            # Where older bytes wait, the kernel is to say when there is room.
+            if transport.is_flush_due and not transport.dataBuffer:
                 self.flush_one(transport)
         if due:
             self._flush_later()

@@ -295,6 +295,8 @@ class _SendsAtOnce(Watched):
         group = self._group
         if group.is_serving:
             group.due.append(self)
+        elif self._is_in_first_step:
+            pass  # At the end of it.
         elif (
             self._flushed_in == group.turn
             or not self._is_plain
@@ -344,6 +346,13 @@ class _SendsAtOnce(Watched):
             if why is not None:
                 self.connectionLost(_LOST)
         return not (self.dataBuffer or self._tempDataLen)
+
+    def doWrite(self) -> Any:
+        """There is room."""
+        if not self.is_flush_due:
+            self.stopWriting()  # It was flushed before the kernel has said so.
+            return None
+        return super().doWrite()
 
     def startWriting(self) -> None:
         """Twisted's methods call it for whatever is to happen at the next flush."""
