@@ -26,15 +26,16 @@ from tcpsvc.clock import clock_of
 from tcpsvc.conditions import Conditions
 from tcpsvc.connection import Connection
 from tcpsvc.counters import Counters
+from tcpsvc.dry_run import DryRun
 from tcpsvc.error_log import ErrorLog
 from tcpsvc.events import Broadcast, check_observer
-from tcpsvc.eviction import RANKING_LASTS, Eviction
+from tcpsvc.eviction import Eviction
 from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.options import Options
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.protocol_connection import ProtocolConnection
-from tcpsvc.reasons import LIMITS, Reason
+from tcpsvc.reasons import Reason
 from tcpsvc.refusal_log import RefusalLog
 from tcpsvc.refuser import Aborter, Refuser
 from tcpsvc.refusing import Replies
@@ -45,12 +46,6 @@ from tcpsvc.starts import Starts
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.timeouts import Timeouts
-
-#: The options that a reason is the limit of.
-_LIMITS_OF = {
-    reason: {name for name, limit in LIMITS.items() if limit is reason}
-    for reason in LIMITS.values()
-}
 
 
 class Entrance(protocol.ServerFactory):
@@ -98,7 +93,8 @@ class Entrance(protocol.ServerFactory):
         self._eviction = Eviction(self.slots)
         self._replies = Replies(self)
         self._refusal_log = RefusalLog(self, self._names)
-        self._timeouts = Timeouts(settings)
+        self._dry_run = DryRun(self, self._refusal_log)
+        self._timeouts = Timeouts(settings, self._dry_run.lets_pass)
         self._conditions = Conditions()
         self._kind = kind
         #: What serves new connections: a function, or a protocol factory.
@@ -108,12 +104,10 @@ class Entrance(protocol.ServerFactory):
         #: Whether connections have TCP_NODELAY from their listening socket.
         self.inherits_nodelay = False
         self._live: dict[int, Connection[Any]] = self.slots.live
-        self.sweeper = Sweeper(self.clock, self._live, self._look_at_timeouts)
+        self.sweeper = Sweeper(self.clock, self._live, self._timeouts.look)
         #: Whether there is, or ever was, a limit that remembers connections.
         self._is_limited = False
         self._limit_as_set()
-        #: What a dry run has told of live connections, once each.
-        self._told: dict[int, set[Reason]] = {}
         #: Accepted clients are to be this few until then, for accept_rate.
         self._rate_wait: IDelayedCall | None = None
         #: Whether a gate has asked about the next client.
@@ -545,6 +539,8 @@ class Entrance(protocol.ServerFactory):
         slots.free(connection)
         if self.sweeper.timer is not None:
             self.sweeper.forget(connection)
+        if self._dry_run.told:
+            self._dry_run.forget(connection)
         if self._is_limited:
             if self._admission.counts_peers:
                 self._admission.leave(connection)
@@ -552,7 +548,6 @@ class Entrance(protocol.ServerFactory):
                 self._eviction.forget(connection)
             if self._timeouts.windows:
                 self._timeouts.forget(connection)
-            self._told.pop(connection.id, None)
         if error is not None:
             self.report(connection.peer, error)
         if self._conditions.waiting:
@@ -607,32 +602,13 @@ class Entrance(protocol.ServerFactory):
 
     def _limit_as_set(self) -> None:
         interval = self._timeouts.interval
-        if interval is None and self.settings.overflow == "evict":
-            interval = RANKING_LASTS
         self.sweeper.sweep_all(interval)
         if interval is not None or self._admission.counts_peers:
             self._is_limited = True
 
-    def _look_at_timeouts(self, connection: Any, now: float) -> None:
-        if not connection.is_running or connection.is_ended:
-            return
-        for reason in self._timeouts.overdue(connection, now):
-            if not self.lets_pass(connection, reason):
-                connection.end(reason)
-                return
-            if connection.is_ended or connection.is_over:
-                return  # Whoever was told of the dry run has ended it.
-
     def lets_pass(self, connection: Any, reason: Reason) -> bool:
         """Whether what ends a connection is in a dry run. Then that is told, once."""
-        if self.settings.dry_run.isdisjoint(_LIMITS_OF[reason]):
-            return False
-        told = self._told.setdefault(connection.id, set())
-        if reason not in told:
-            told.add(reason)
-            self._is_limited = True
-            self._refusal_log.in_dry_run(connection.peer, reason)
-        return True
+        return self._dry_run.lets_pass(connection, reason)
 
     def broken_entrance(self) -> list[str]:
         """What does not hold, and ought to."""
@@ -657,10 +633,11 @@ class Entrance(protocol.ServerFactory):
                 c.reason is None and not (c.may_start or c.is_running)
                 for c in live.values()
             ),
-            "only live connections are remembered": self._told.keys() <= live.keys()
-            and self._timeouts.windows.keys() <= live.keys(),
+            "only live connections are remembered": self._timeouts.windows.keys()
+            <= live.keys(),
         }
         broken += [check for check, holds in checks.items() if not holds]
+        broken += self._dry_run.broken(live)
         return [*broken, *self.sweeper.broken(), *self._replies.broken()]
 
     def _names(self) -> str:

@@ -301,7 +301,7 @@ async def test_who_is_closed_for_one_dry_run_is_in_no_other(
     clock.pump([0.25] * 10)
     await until(lambda: not server.num_connections)
     assert len(told) == 1
-    assert not server._factory._told
+    assert not server._factory._dry_run.told
     server.invariant()
 
 
