@@ -91,7 +91,7 @@ class Entrance(protocol.ServerFactory):
         self.slots = Slots(settings.max_connections)
         self._admission = Admission(settings)
         self._eviction = Eviction(self.slots)
-        self._replies = Replies(self)
+        self.replies = Replies(self)
         self._refusal_log = RefusalLog(self, self._names)
         self._dry_run = DryRun(self, self._refusal_log)
         self._timeouts = Timeouts(settings, self._dry_run.lets_pass)
@@ -112,8 +112,6 @@ class Entrance(protocol.ServerFactory):
         self._rate_wait: IDelayedCall | None = None
         #: Whether a gate has asked about the next client.
         self._is_judged = False
-        #: What the next client is told instead of being served.
-        self._reply: Reply | None = None
         #: Accepted by a port that cannot be told to stop; none holds a slot.
         self._held: deque[Any] = deque()
         self._held_unconnected: dict[int, Any] = {}
@@ -293,31 +291,12 @@ class Entrance(protocol.ServerFactory):
         """Whether the log had no line of that for a while."""
         return self._refusal_log.may_say(of)
 
-    def say_instead(self, reply: Reply) -> bool:
-        """
-        The next client is told this, and not served.
-
-        :returns: whether that can be done.
-        """
-        if not self._replies.may_reply:
-            return False
-        self._reply = reply
-        return True
-
-    def nothing_to_say(self) -> None:
-        """Whoever was to be told something has been, or never will be."""
-        self._reply = None
-
-    @property
-    def replies_next(self) -> bool:
-        """Whether the next client is told something, and not served."""
-        return self._reply is not None
-
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """A client was accepted: the protocol that serves, holds or ends it."""
-        if self._reply is not None:
-            reply, self._reply = self._reply, None
-            return self._replies.reply(addr, self._next_id(), reply)
+        reply = self.replies.next
+        if reply is not None:
+            self.replies.nothing_to_say()
+            return self.replies.reply(addr, self._next_id(), reply)
         if self.is_closed:
             self.events.connection_refused(addr, Reason.UNSERVED)
             return Refuser()
@@ -356,8 +335,8 @@ class Entrance(protocol.ServerFactory):
     def _sent_away(self, address: Any, reason: Reason, how: Refusal) -> Any:
         """What ends a client of a port that cannot be gated."""
         self.refused(address, reason)
-        if isinstance(how, Reply) and self._replies.may_reply:
-            return self._replies.reply(address, self._next_id(), how)
+        if isinstance(how, Reply) and self.replies.may_reply:
+            return self.replies.reply(address, self._next_id(), how)
         return Refuser() if how == "drop" else Aborter()
 
     def _has_to_wait(self, connection: Connection[Any]) -> bool:
@@ -464,8 +443,7 @@ class Entrance(protocol.ServerFactory):
         if connection is not None:
             self._waits_no_more(connection)
             self.events.connection_refused(connection.peer, Reason.UNSERVED)
-        self._replies.forget_unconnected(newest)
-        self._reply = None
+        self.replies.forget_unconnected(newest)
         self._is_judged = False
 
     def _next_id(self) -> int:
@@ -638,7 +616,7 @@ class Entrance(protocol.ServerFactory):
         }
         broken += [check for check, holds in checks.items() if not holds]
         broken += self._dry_run.broken(live)
-        return [*broken, *self.sweeper.broken(), *self._replies.broken()]
+        return [*broken, *self.sweeper.broken(), *self.replies.broken()]
 
     def _names(self) -> str:
         return addresses_text(self._addresses()) or "a server"

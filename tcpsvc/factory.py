@@ -287,7 +287,7 @@ class ServerFactory(Entrance):
         self.is_closed = True
         self._stop_waiting_for_rate()
         self._refuse_held(Reason.UNSERVED)
-        self._replies.close()
+        self.replies.close()
         self._starts.refuse_all()
         self._maybe_over()
 

@@ -37,7 +37,7 @@ from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
 from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
-from tcpsvc.refusing import send_away
+from tcpsvc.refusing import Replies, send_away
 from tcpsvc.settings import Settings
 from tcpsvc.transport import telling
 
@@ -61,15 +61,13 @@ class Admits(Protocol):
     counters: Counters
     errors: ErrorLog
     exhaustion: Exhaustion
+    replies: Replies
     is_dropping: bool
     takes_sockets: bool
     takes_streams: bool
 
     @property
     def is_observed(self) -> bool: ...
-
-    @property
-    def replies_next(self) -> bool: ...
 
     def has_place(self) -> bool: ...
 
@@ -78,10 +76,6 @@ class Admits(Protocol):
     ) -> tuple[Reason, Refusal] | None: ...
 
     def refused(self, address: Any, reason: Reason) -> None: ...
-
-    def say_instead(self, reply: Reply) -> bool: ...
-
-    def nothing_to_say(self) -> None: ...
 
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
@@ -231,9 +225,9 @@ class Gate:
             factory.refused(None, reason)
         if not isinstance(how, Reply):
             send_away(client, how)
-        elif factory.say_instead(how):
+        elif factory.replies.say_next(how):
             self._take(client, address)
-            factory.nothing_to_say()
+            factory.replies.nothing_to_say()
         else:
             send_away(client, "reset")
 
@@ -256,7 +250,7 @@ class Gate:
         try:
             if len(address) == 4:
                 address = _with_interface(address)
-            if self._factory.takes_sockets and not self._factory.replies_next:
+            if self._factory.takes_sockets and self._factory.replies.next is None:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
                 return

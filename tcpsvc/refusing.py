@@ -45,6 +45,7 @@ class Replies:
     client reads it also when it has sent something itself. This is their owner.
 
     :param owner: the factory, for its clock and its address.
+    :ivar next: what the next client is told instead of being served.
     """
 
     is_observed = looks = False
@@ -62,6 +63,7 @@ class Replies:
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
         self.sweeper = Sweeper(self.clock, self._connections)
+        self.next: Reply | None = None
 
     @property
     def may_reply(self) -> bool:
@@ -78,8 +80,24 @@ class Replies:
         self._connections[id] = connection
         return connection
 
+    def say_next(self, reply: Reply) -> bool:
+        """
+        The next client is told this, and not served.
+
+        :returns: whether that can be done.
+        """
+        if not self.may_reply:
+            return False
+        self.next = reply
+        return True
+
+    def nothing_to_say(self) -> None:
+        """Whoever was to be told something has been, or never will be."""
+        self.next = None
+
     def forget_unconnected(self, id: int) -> None:
         """Whoever was to connect one has failed to."""
+        self.next = None
         connection = self._connections.get(id)
         if connection is not None and connection.transport is None:
             connection.forget()

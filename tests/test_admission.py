@@ -1389,7 +1389,7 @@ def test_in_any_order(seed: int, logs: Any) -> None:
     assert factory.num_connections == 0
     factory.invariant()
     assert factory._admission._keys == {}
-    assert not factory._replies._connections
+    assert not factory.replies._connections
     assert walk.server.clock.getDelayedCalls() == []
     assert not factory._too_early and not factory._held_unconnected
     assert all(client.is_closed for client in walk.clients)

@@ -786,7 +786,7 @@ class Lifecycle(RuleBasedStateMachine):
         # Who waits in vain.
         held = factory._held
         if self.closed:
-            assert not held and not factory._replies._connections
+            assert not held and not factory.replies._connections
         if held and not self.closed:
             first = held[0].id
             # Whoever was to be evicted for it has paused the server instead.
@@ -796,7 +796,7 @@ class Lifecycle(RuleBasedStateMachine):
         is_drained = not self.drains or self.drained is not None
         # Those who cancel handlers wait for reports of their errors, too.
         is_drained = is_drained and not self.factory.is_reporting_errors
-        if is_drained and not (live or held or factory._replies._connections):
+        if is_drained and not (live or held or factory.replies._connections):
             waits = options["accept_rate"] is not None and not self.closed
             assert len(timers) <= waits, timers
         assert set(the_reactor().getDelayedCalls()) <= self.calls
