@@ -60,4 +60,4 @@ class DryRun:
         :param live: the ids of live connections.
         """
         remembers_others = any(number not in live for number in self.told)
-        return ["a dry run remembers only who is live"] if remembers_others else []
+        return ["a dry run remembers only who is live"] * remembers_others

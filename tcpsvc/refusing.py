@@ -20,6 +20,7 @@ from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
+from tcpsvc.whereabouts import Whereabouts
 
 #: How long a client may take for a last word, in seconds.
 REPLY_TIMEOUT = 5.0
@@ -49,8 +50,6 @@ class Replies:
     """
 
     is_observed = looks = False
-    has_one_address = True
-    is_listening_anywhere = False  # Nobody asks for their own address.
 
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor
@@ -60,6 +59,9 @@ class Replies:
         )
         self.counters = self.events = Counters()
         self.errors: ErrorLog = owner.errors
+        #: Not asked for: nobody asks for their own addresses.
+        self.whereabouts = Whereabouts()
+        self.whereabouts.is_anywhere = False
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
         self.sweeper = Sweeper(self.clock, self._connections)
@@ -123,10 +125,6 @@ class Replies:
     def is_closed(self) -> bool:
         """Whether the server is."""
         return bool(self._owner.is_closed)
-
-    def listening_on(self) -> Any:
-        """The listening address."""
-        return self._owner.listening_on()
 
     def set_socket_options(self, connected: Any) -> None:
         """What is set on each connection's socket."""

@@ -8,7 +8,7 @@ over not before its time, and up to a quarter of it, or a second, later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tcpsvc.eviction import RANKING_LASTS
@@ -156,3 +156,12 @@ class Timeouts:
     def forget(self, connection: Any) -> None:
         """It is over."""
         self.windows.pop(connection.id, None)
+
+    def broken(self, live: Collection[int]) -> list[str]:
+        """
+        What does not hold, and ought to.
+
+        :param live: the ids of live connections.
+        """
+        watches_others = any(number not in live for number in self.windows)
+        return ["only who is live is watched for its throughput"] * watches_others

@@ -379,8 +379,8 @@ async def test_equal_observers_are_two(serve: Any) -> None:
     server = await serve(lambda *_: None, observer=one)
     server.add_observer(other)
     server.remove_observer(other)
-    assert server._factory._observers == [one]
-    assert server._factory._observers[0] is one
+    assert server._factory._observers.added == [one]
+    assert server._factory._observers.added[0] is one
     with pytest.raises(ValueError, match="was not added"):
         server.remove_observer(other)
 

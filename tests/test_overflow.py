@@ -670,10 +670,10 @@ async def test_one_slot_that_never_gets_free(
     assert server.num_connections == 1
     assert not server._listeners.ports[0]._gate._is_accepting
     asked = []
-    server._factory.has_place = lambda: asked.append(1)
+    server._factory.entrance.has_place = lambda: asked.append(1)
     await settle()
     assert not asked
-    del server._factory.has_place
+    del server._factory.entrance.has_place
     await server.close()
     for client in newcomers:
         assert (await in_thread(end_of, client))[0] == b""
