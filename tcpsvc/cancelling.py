@@ -42,7 +42,7 @@ class Cancellation:
     def cancel(self) -> None:
         """Cancel those that run now."""
         factory = self._factory
-        if factory.is_cancelling:
+        if factory.ending.is_cancelling:
             return
         self._cancelled = [c for c in factory.connections if c.is_cancellable]
         factory.cancel_handlers()

@@ -47,6 +47,7 @@ from tcpsvc.settings import Settings
 from tcpsvc.snapshot import ConnectionSnapshot
 from tcpsvc.sweeper import Sweeper
 from tcpsvc.traffic import Traffic
+from tcpsvc.whereabouts import Whereabouts
 
 AddressT = TypeVar("AddressT")
 
@@ -79,10 +80,8 @@ class Owner(Protocol):
     reactor: Any
     #: Whether anybody is told of what happens but the counters.
     is_observed: bool
-    #: Whether there is a listening address, and only one.
-    has_one_address: bool
-    #: Whether its own address may be another than the listener's.
-    is_listening_anywhere: bool
+    #: Where it listens.
+    whereabouts: Whereabouts
 
     @property
     def is_closed(self) -> bool:
@@ -91,9 +90,6 @@ class Owner(Protocol):
     @property
     def is_draining(self) -> bool:
         """Whether handlers were told that the server drains."""
-
-    def listening_on(self) -> Any:
-        """The listening address."""
 
     def set_socket_options(self, connected: Any) -> None:
         """What is set on each connection's socket."""

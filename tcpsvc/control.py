@@ -84,7 +84,7 @@ class Control:
     @property
     def is_dropping_incoming_connections(self) -> bool:
         """Whether each incoming connection is closed at once (D)."""
-        return self._factory.is_dropping
+        return self._factory.is_dropping_incoming_connections
 
     def set_drop_incoming_connections(self, drop: bool) -> None:
         """
@@ -105,7 +105,7 @@ class Control:
         return limits_line(
             factory.settings,
             of_streams=factory.takes_streams,
-            is_dropping=factory.is_dropping,
+            is_dropping=factory.is_dropping_incoming_connections,
             has_backlog=any(one.where.takes_backlog for one in self.listeners),
         )
 

@@ -54,7 +54,7 @@ class Bound(Generic[ServerT]):
         :raises CannotListenError: there is no descriptor left to serve with. The
             server is closed then.
         """
-        self._factory.begin_starts()
+        self._factory.starts.begin()
         if not self.server.is_closed:
             try:
                 self._listeners.begin()
@@ -144,7 +144,7 @@ def _bind(
     if is_immediate:
         listeners = Listeners.bind_now(cast(Any, places), factory, given)
         return Bound(make, listeners, factory)
-    factory.hold_starts()
+    factory.starts.hold()
     binding = Deferred.fromCoroutine(Listeners.bind(places, factory))
     return binding.addCallback(lambda bound: Bound(make, bound, factory))
 

@@ -241,7 +241,7 @@ class Drain:
         self._ends_at = math.inf
         self._tally = Tally(self._clock)
         self._factory.add_observer(self._tally)
-        self._factory.start_accepted()
+        self._factory.starts.start_now()
         self._server.close()
         ended = self._server.close_finished_and_handlers_determined()
         ended.addCallback(lambda _: self._finish())

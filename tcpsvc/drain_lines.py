@@ -49,7 +49,7 @@ class Lines:
         count = len(self._factory.connections)
         if count:
             remaining.append(f"{count} {what}{'' if count == 1 else 's'}")
-        if self._factory.is_reporting_errors:
+        if self._factory.failures.is_reporting:
             remaining.append("calls of on_handler_error")
         return " and ".join(remaining)
 
@@ -58,7 +58,7 @@ class Lines:
         log.info(
             "{address}: about to drain, {doing} for another {seconds:g} s",
             address=self._addresses,
-            doing="paused" if self._factory.is_paused else "accepting",
+            doing="paused" if self._factory.entrance.is_paused else "accepting",
             seconds=seconds,
         )
 
@@ -90,7 +90,7 @@ class Lines:
 
     def _remains_one(self) -> bool:
         factory = self._factory
-        return len(factory.connections) == 1 and not factory.is_reporting_errors
+        return len(factory.connections) == 1 and not factory.failures.is_reporting
 
     def _next(self) -> None:
         self._say_what_remains()

@@ -142,3 +142,46 @@ class Broadcast:
             between=LogLevel.debug,
             event=event,
         )
+
+
+class Observers:
+    """
+    Who is told what happens in a server.
+
+    :param own: the server's counters.
+    :param errors: how observers' errors are logged.
+    :param stop: called with a ``SystemExit`` or ``KeyboardInterrupt`` of theirs.
+    :ivar added: those who are told beside the counters.
+    """
+
+    def __init__(
+        self, own: Any, errors: ErrorLog, stop: Callable[[BaseException], object]
+    ) -> None:
+        self._own = own
+        self._errors = errors
+        self._stop = stop
+        self.added: list[Any] = []
+
+    def add(self, observer: Any) -> None:
+        """
+        :raises ValueError: it is no :class:`tcpsvc.IObserver`.
+        """
+        check_observer(observer)
+        self.added.append(observer)
+
+    def remove(self, observer: Any) -> None:
+        """
+        :raises ValueError: it was not added.
+        """
+        for place, known in enumerate(self.added):
+            if known is observer:
+                del self.added[place]
+                return
+        raise ValueError(f"observer={observer!r} was not added")
+
+    @property
+    def events(self) -> Any:
+        """What is to be called from now on."""
+        if not self.added:
+            return self._own
+        return Broadcast(self._own, self.added, self._errors, self._stop)

@@ -8,6 +8,8 @@ import math
 from collections import deque
 from typing import Any
 
+from tcpsvc.reasons import Reason
+from tcpsvc.refusal_log import RefusalLog
 from tcpsvc.slots import Slots
 
 #: How long a ranking is good for, in seconds: as exact as what is known of idleness.
@@ -26,10 +28,12 @@ class Eviction:
     It knows connections by their ids: it is not to hold those that are over.
 
     :param slots: who is there.
+    :param refusal_log: is told that somebody had to go.
     """
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, refusal_log: RefusalLog) -> None:
         self._slots = slots
+        self._refusal_log = refusal_log
         #: When each was last seen to have moved a byte, and its id; the latest first.
         self._ranking: list[tuple[float, int]] = []
         #: Ids of those that were passed over; the latest last.
@@ -44,6 +48,20 @@ class Eviction:
     def under_way(self) -> int:
         """How many were chosen and still hold their slots."""
         return len(self.evicted)
+
+    def make_room(self, wanted: int, now: float) -> None:
+        """
+        End as many as have to go.
+
+        :param wanted: how many others are to get slots.
+        """
+        slots = self._slots
+        for _ in range(wanted - slots.limit + slots.taken - self.under_way):
+            victim = self.choose(now)
+            if victim is None:
+                return
+            self._refusal_log.evicted()
+            victim.end(Reason.EVICTED)
 
     def choose(self, now: float) -> Any:
         """

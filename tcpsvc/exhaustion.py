@@ -21,11 +21,13 @@ from typing import Any, Protocol
 from twisted.internet.interfaces import IDelayedCall
 from twisted.python.failure import Failure
 
+from tcpsvc.entrance import Entrance
 from tcpsvc.error_log import ErrorLog
 from tcpsvc.handler import STOPPING, run_handler
 from tcpsvc.log import log
 from tcpsvc.rate import Rate, TokenBucket
 from tcpsvc.settings import Settings
+from tcpsvc.slots import Slots
 
 #: The process or the host has run out of something that will come back.
 EXHAUSTION_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -73,18 +75,10 @@ class Owner(Protocol):
     settings: Settings
     clock: Any
     errors: ErrorLog
+    events: Any
     server: Any
-    #: Whether nobody is let in, nor sent away, for now.
-    is_paused: bool
-
-    @property
-    def events(self) -> Any: ...
-
-    @property
-    def num_connections(self) -> int: ...
-
-    @property
-    def max_connections(self) -> int: ...
+    slots: Slots
+    entrance: Entrance
 
     def stop_reactor(self, error: BaseException) -> None: ...
 
@@ -230,10 +224,10 @@ class Exhaustion:
             "{fate}; trying again every {pause} s. Raise the limit of open files "
             "(ulimit -n), or lower max_connections ({limit})",
             error=error.strerror,
-            live=self._owner.num_connections,
+            live=self._owner.slots.taken,
             fate="are turned away" if self._reserve.is_held else "wait",
             pause=EXHAUSTION_PAUSE,
-            limit=self._owner.max_connections,
+            limit=self._owner.slots.limit,
         )
 
     # The hook.
@@ -276,7 +270,11 @@ class Exhaustion:
     def _turn_away(self, port: Port) -> bool:
         """Returns whether nobody is left that could be."""
         for _ in range(SHED_BATCH):
-            if self.pause is None or port not in self._ports or self._owner.is_paused:
+            if (
+                self.pause is None
+                or port not in self._ports
+                or self._owner.entrance.is_paused
+            ):
                 return True
             try:
                 port.turn_away()

@@ -2,8 +2,8 @@
 The factory: its making, its changes, its end, and what is known of it.
 
 :class:`ServerFactory` is what a :class:`tcpsvc.Server` listens with. It is
-public, so that an application that has an endpoint already can listen with it. Who
-gets in is :mod:`tcpsvc.entrance`'s.
+public, so that an application that has an endpoint already can listen with it. What
+ports and connections call is in :mod:`tcpsvc.connection_factory`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,25 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ReactorNotRunning
-from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
-from twisted.python.failure import Failure
-from zope.interface import alsoProvides, noLongerProvides
+from twisted.internet.interfaces import IProtocolFactory
 
-from tcpsvc._waiters import Event, all_of
 from tcpsvc.checks import at_least_one
 from tcpsvc.connection import Connection
-from tcpsvc.entrance import Entrance, nothing
-from tcpsvc.exhaustion import Exhaustion
-from tcpsvc.failures import Failures
+from tcpsvc.connection_factory import ConnectionFactory
+from tcpsvc.events import Observers
 from tcpsvc.handler import OnHandlerError
-from tcpsvc.log import log
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
-from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings, change_options, check_options, describe_settings
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
+from tcpsvc.user_factory import check_user_factory, negotiate_as, stop_user_factory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: The hosts of listeners whose connections come to any of the machine's addresses.
-_WILDCARDS = ("", "0.0.0.0", "::")
 
-
-class ServerFactory(Entrance):
+class ServerFactory(ConnectionFactory):
     """
     Runs a handler for each connection, never more than ``max_connections``.
 
@@ -53,32 +44,22 @@ class ServerFactory(Entrance):
     """
 
     def __init__(
-        self, kind: Callable[..., Any], handler: Any, settings: Settings, **options: Any
+        self,
+        kind: Callable[..., Any],
+        handler: Any,
+        settings: Settings,
+        *,
+        options: Any = Options,
+        reactor: Any = None,
+        clock: Any = None,
+        observer: Any = None,
     ) -> None:
         """Not to be called: use :meth:`of_streams` or :meth:`of_protocols`."""
-        super().__init__(kind, handler, settings, **options)
-        self._failures = Failures(
-            settings.on_handler_error, self.errors, self._maybe_over
-        )
-        self._failures.on_fatal = self.close
-        self._when_over = Event()
-        #: Happens when those are closed that are being closed just now.
-        self._closing: Event | None = None
-        #: Whether handlers are being cancelled just now, any of which may ask for that.
-        self.is_cancelling = False
-        self._has_server = False
-        #: Whether it is known where it listens, and that is one place.
-        self.has_one_address = False
-        #: Whether connections may have another own address than the listener's.
-        self.is_listening_anywhere = True
-        #: The server that listens with it, for ``on_accept_error``.
-        self.server: Any = None
-        #: What happens when a gate's accept fails.
-        self.exhaustion = Exhaustion(self, self._place_found)
-        #: Called when a connection's socket was closed.
-        self.descriptor_closed = self.exhaustion.descriptor_closed
-        #: What a handler raised to stop the process (spec H7).
-        self.stopped_by: BaseException | None = None
+        super().__init__(kind, handler, settings, reactor=reactor, clock=clock)
+        self._options = options
+        self._observers = Observers(self.counters, self.errors, self.stop_reactor)
+        if observer is not None:
+            self.add_observer(observer)
 
     # Making.
 
@@ -121,7 +102,7 @@ class ServerFactory(Entrance):
         made = cls._of(
             ProtocolConnection, factory, on_handler_error, Options, dict(options)
         )
-        made._negotiate_as(factory)
+        negotiate_as(made, factory)
         return made
 
     @classmethod
@@ -158,15 +139,12 @@ class ServerFactory(Entrance):
         others = {name: options.get(name) for name in ("reactor", "clock", "observer")}
         return cls(kind, handler, settings, options=known, **others)
 
-    def _negotiate_as(self, factory: Any) -> None:
-        """TLS asks the factory that it wraps which protocols it speaks (ALPN)."""
-        if IProtocolNegotiationFactory.providedBy(factory):
-            self.acceptableProtocols = factory.acceptableProtocols
-            alsoProvides(self, IProtocolNegotiationFactory)
-        elif IProtocolNegotiationFactory.providedBy(self):
-            noLongerProvides(self, IProtocolNegotiationFactory)
-
     # Who is admitted.
+
+    @property
+    def num_connections(self) -> int:
+        """How many slots are taken (spec A5)."""
+        return self.slots.taken
 
     @property
     def max_connections(self) -> int:
@@ -181,6 +159,20 @@ class ServerFactory(Entrance):
         at_least_one("max_connections", limit)
         self.change({"max_connections": limit})
 
+    @property
+    def is_dropping_incoming_connections(self) -> bool:
+        """Whether each incoming connection is closed at once (spec D1)."""
+        return self.entrance.is_dropping
+
+    def set_drop_incoming_connections(self, drop: bool) -> None:
+        """
+        Close each incoming connection at once, or stop doing so (spec D). May be
+        called any number of times, also when closed.
+
+        :param drop: whether to drop from now on.
+        """
+        self.entrance.set_dropping(bool(drop))
+
     def change(self, changes: dict[str, Any]) -> None:
         """
         Other options from now on, all or, if one is wrong, none.
@@ -192,16 +184,15 @@ class ServerFactory(Entrance):
         settings = change_options(self._options, before, changes)
         self.settings = settings
         self.slots.limit = settings.max_connections
-        present = [*self._live.values(), *self._held, *self._held_unconnected.values()]
-        self._admission.change(settings, present, self.clock.seconds())
+        self.entrance.limits_changed()
         self._timeouts.change(settings)
         self._limit_as_set()
         self.exhaustion.update_reserve()
         if settings.accept_rate != before.accept_rate or "accept_rate" in (
             settings.dry_run ^ before.dry_run
         ):
-            self._rate_as_set()
-        self._place_found()
+            self.entrance.rate_changed()
+        self.entrance.place_found()
 
     def set_handler(self, handler: Any) -> None:
         """
@@ -212,19 +203,15 @@ class ServerFactory(Entrance):
         :raises TypeError: it is not of that kind.
         """
         _check_handler(self._kind, handler)
-        if self._kind is ProtocolConnection:
-            # Twisted tells a factory how many ports it has.
-            for _ in range(self.numPorts):
-                handler.doStart()
-            self._negotiate_as(handler)
-            before, self.handler = self.handler, handler
-            for _ in range(self.numPorts):
-                try:
-                    before.doStop()
-                except Exception:
-                    # The new one serves, and the next port is to be told all the same.
-                    log.failure("doStop of {factory} failed", factory=before)
-        self.handler = handler
+        if self._kind is not ProtocolConnection:
+            self.handler = handler
+            return
+        # Twisted tells a factory how many ports it has.
+        for _ in range(self.numPorts):
+            handler.doStart()
+        negotiate_as(self, handler)
+        before, self.handler = self.handler, handler
+        stop_user_factory(before, self.numPorts)
 
     def when_connections(self, condition: Callable[[int], object]) -> Deferred[None]:
         """
@@ -235,24 +222,49 @@ class ServerFactory(Entrance):
         """
         return self._conditions.wait(condition, self.num_connections)
 
-    @property
-    def is_reporting_errors(self) -> bool:
-        """Whether a call of ``on_handler_error`` has not ended yet."""
-        return self._failures.is_reporting
+    # Who is told.
 
-    def hold_starts(self) -> None:
-        """Start no handler before :meth:`begin_starts`."""
-        self._starts.hold()
+    def add_observer(self, observer: Any) -> None:
+        """
+        Tell one more what happens from now on.
 
-    def begin_starts(self) -> None:
-        """Handlers may start, in turns of the reactor after this one."""
-        self._starts.begin()
+        :raises ValueError: it is no :class:`tcpsvc.IObserver`.
+        """
+        self._observers.add(observer)
+        self._observers_changed()
+
+    def remove_observer(self, observer: Any) -> None:
+        """
+        Tell it no more.
+
+        :raises ValueError: it was not added.
+        """
+        self._observers.remove(observer)
+        self._observers_changed()
+
+    def _observers_changed(self) -> None:
+        self.is_observed = bool(self._observers.added)
+        self.events = self._observers.events
+
+    # For its server.
+
+    def listen_with(
+        self,
+        on_place: Callable[[], None],
+        on_failure: Callable[[], None],
+        addresses: Callable[[], Sequence[object]],
+    ) -> None:
+        """A server tells what to call when a place is found, and so on."""
+        self.entrance.on_place = on_place
+        self.failures.on_fatal = on_failure
+        self.ending.has_server = True
+        self.whereabouts.know(addresses)
+
+    def set_paused(self, paused: bool) -> None:
+        """Let nobody in for now, not even to drop them, or go on."""
+        self.entrance.set_paused(paused, self._last_id)
 
     # Errors (spec E, H7).
-
-    def report(self, peer: Any, error: Failure) -> None:
-        """A handler has failed: do as its owner chose."""
-        self._failures.report(peer, error)
 
     def failed(self) -> Deferred[None]:
         """
@@ -261,18 +273,7 @@ class ServerFactory(Entrance):
             raised), also when asked for afterwards. It fires ``None`` when
             everything has ended without one (spec E3).
         """
-        return self._failures.failed()
-
-    def stop_reactor(self, error: BaseException) -> None:
-        """A handler raised ``SystemExit`` or ``KeyboardInterrupt`` (spec H7)."""
-        if self.stopped_by is None:
-            self.stopped_by = error
-        # A Clock in a test is no reactor that runs.
-        stop = getattr(self.reactor, "stop", nothing)
-        try:
-            stop()
-        except ReactorNotRunning:
-            pass
+        return self.failures.failed()
 
     # Closing (spec X).
 
@@ -282,14 +283,7 @@ class ServerFactory(Entrance):
         handler starts. Existing connections go on. A port of your own is yours
         to close.
         """
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self._stop_waiting_for_rate()
-        self._refuse_held(Reason.UNSERVED)
-        self._replies.close()
-        self._starts.refuse_all()
-        self._maybe_over()
+        self.ending.close()
 
     def close_connections(self) -> Deferred[None]:
         """
@@ -298,23 +292,7 @@ class ServerFactory(Entrance):
         :returns: a Deferred that fires when they are closed. It does not wait
             for handlers.
         """
-        if self._closing is not None:
-            # By whoever is told of it, maybe by all, one within the other.
-            return self._closing.wait()
-        closing = self._closing = Event()
-        closed = []
-        try:
-            for connection in list(self._live.values()):
-                closed.append(connection.when_socket_closed.wait())
-                connection.close()
-        finally:
-            self._closing = None
-        all_of(closed).addCallback(lambda _: closing.happen())
-        return closing.wait()
-
-    def start_accepted(self) -> None:
-        """Start what was accepted and waits for its turn, which a close would end."""
-        self._starts.start_now()
+        return self.ending.close_connections()
 
     def tell_of_drain(self) -> None:
         """
@@ -327,60 +305,14 @@ class ServerFactory(Entrance):
 
     def cancel_handlers(self) -> None:
         """Cancel every handler that still runs."""
-        if self.is_cancelling:
-            return
-        self.is_cancelling = True
-        try:
-            for connection in list(self._live.values()):
-                connection.cancel_handler()
-        finally:
-            self.is_cancelling = False
+        self.ending.cancel_handlers()
 
     def when_over(self) -> Deferred[None]:
         """
         :returns: a Deferred that fires when :meth:`close` was called, no
             connection is live, and ``on_handler_error`` of the last has returned.
         """
-        return self._when_over.wait()
-
-    def _maybe_over(self) -> None:
-        if self.is_closed and not self._live and not self._failures.is_reporting:
-            self._when_over.happen()
-            self._conditions.look(self.slots)
-            self._conditions.over()
-            if not self._has_server:
-                self.nothing_can_fail()
-
-    def nothing_can_fail(self) -> None:
-        """Everything has ended: :meth:`failed` fires, unless it has failed."""
-        self._failures.over()
-
-    # For the gate and the connections.
-
-    def listen_with(
-        self,
-        on_place: Callable[[], None],
-        on_failure: Callable[[], None],
-        addresses: Callable[[], Sequence[object]],
-    ) -> None:
-        """A server tells what to call when a place is found, and so on."""
-        self._has_server = True
-        self._on_place = on_place
-        self._failures.on_fatal = on_failure
-        self._addresses = addresses
-        self.has_one_address = len(addresses()) == 1
-        self.is_listening_anywhere = (
-            getattr(self.listening_on(), "host", "") in _WILDCARDS
-        )
-
-    def listening_on(self) -> Any:
-        """The listening address, where it is known and there is no other."""
-        return self._addresses()[0] if self.has_one_address else None
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether a client waits to be accepted, at a port that has a gate."""
-        return self.exhaustion.pause is None and self.exhaustion.is_awaited
+        return self.ending.when_over()
 
     # Twisted's hooks.
 
@@ -416,9 +348,9 @@ class ServerFactory(Entrance):
             "max_connections": self.max_connections,
             "options": describe_settings(self.settings),
             "is_closed": self.is_closed,
-            "is_dropping_incoming_connections": self.is_dropping,
-            "held": len(self._held),
-            "peers": self._admission.describe(),
+            "is_dropping_incoming_connections": self.entrance.is_dropping,
+            "held": len(self.entrance.held.waiting),
+            "peers": self.entrance.admission.describe(),
             "connections": [c.describe() for c in self._live.values()],
             "counters": asdict(self.counters),
         }
@@ -427,12 +359,9 @@ class ServerFactory(Entrance):
         """
         :raises AssertionError: the state is broken; it says how (spec I1).
         """
-        broken = self.slots.broken()
-        broken += [*self.broken_entrance(), *self.exhaustion.broken()]
+        broken = self.broken_connections()
         if self.settings.max_accepts_per_batch < 1:
             broken.append("max_accepts_per_batch >= 1")
-        if self._when_over.has_happened and (self._live or self._failures.is_reporting):
-            broken.append("nothing live after the end")
         if broken:
             raise AssertionError(f"broken: {', '.join(broken)}: {self.describe()}")
 
@@ -445,7 +374,6 @@ class ServerFactory(Entrance):
 
 def _check_handler(kind: object, handler: object) -> None:
     if kind is ProtocolConnection:
-        if not callable(getattr(handler, "buildProtocol", None)):
-            raise TypeError(f"factory={handler!r} has no buildProtocol")
+        check_user_factory(handler)
     elif not callable(handler):
         raise TypeError(f"handler={handler!r} is not callable")

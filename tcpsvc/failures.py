@@ -5,10 +5,12 @@ who asked when one of them closes the server (spec E1 to E5).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
+from twisted.internet.error import ReactorNotRunning
 from twisted.python.failure import Failure
 
 from tcpsvc._waiters import Event
@@ -29,20 +31,25 @@ class Failures:
 
     :param policy: ``on_handler_error``.
     :param errors: how they are logged.
-    :param on_reported: called whenever an error has been dealt with.
+    :param reactor: what some of them stop.
+    :ivar on_reported: called whenever an error has been dealt with.
+    :ivar on_fatal: called when an error is to close the server, before anyone hears of
+        it.
+    :ivar stopped_by: what a handler raised to stop the process (spec H7).
     """
 
     def __init__(
         self,
         policy: OnHandlerError,
         errors: ErrorLog,
-        on_reported: Callable[[], None],
+        reactor: Any,
     ) -> None:
         self._errors = errors
         self._policy = self._log_error if policy is log_error else policy
-        self._on_reported = on_reported
-        #: Called when an error is to close the server, before anyone hears of it.
-        self.on_fatal: Callable[[], object] = on_reported
+        self._reactor = reactor
+        self.on_reported: Callable[[], object] = _nothing
+        self.on_fatal: Callable[[], object] = _nothing
+        self.stopped_by: BaseException | None = None
         self._pending = 0
         self._fatal: Failure | None = None
         self._when_failed = Event()
@@ -68,7 +75,16 @@ class Failures:
 
     def _reported(self, _: object) -> None:
         self._pending -= 1
-        self._on_reported()
+        self.on_reported()
+
+    def stop_reactor(self, error: BaseException) -> None:
+        """Somebody has raised ``SystemExit`` or ``KeyboardInterrupt`` (spec H7)."""
+        if self.stopped_by is None:
+            self.stopped_by = error
+        # A Clock in a test is no reactor that runs.
+        stop = getattr(self._reactor, "stop", _nothing)
+        with contextlib.suppress(ReactorNotRunning):
+            stop()
 
     def _close_for(self, failure: Failure, peer: Any) -> None:
         if self._fatal is not None:
@@ -99,3 +115,7 @@ class Failures:
     def over(self) -> None:
         """There will be no error any more."""
         self._when_failed.happen()
+
+
+def _nothing() -> None:
+    """What is called while nobody has asked to be."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from twisted.internet import tcp
@@ -30,6 +29,7 @@ from twisted.python.failure import Failure
 from tcpsvc.addresses import ipv4_address
 from tcpsvc.counters import Counters
 from tcpsvc.engine import Engine, engage
+from tcpsvc.entrance import Entrance
 from tcpsvc.error_log import ErrorLog
 from tcpsvc.exhaustion import NEXT_CLIENT_ERRNOS, Exhaustion
 from tcpsvc.handler import STOPPING
@@ -37,7 +37,7 @@ from tcpsvc.kernel import close_orderly, has_nodelay, is_readable, set_options
 from tcpsvc.log_fields import of_client
 from tcpsvc.overflow import Refusal, Reply
 from tcpsvc.reasons import Reason
-from tcpsvc.refusing import send_away
+from tcpsvc.refusing import Replies, send_away
 from tcpsvc.settings import Settings
 from tcpsvc.transport import telling
 
@@ -61,27 +61,13 @@ class Admits(Protocol):
     counters: Counters
     errors: ErrorLog
     exhaustion: Exhaustion
-    is_dropping: bool
+    entrance: Entrance
+    replies: Replies
     takes_sockets: bool
     takes_streams: bool
 
     @property
     def is_observed(self) -> bool: ...
-
-    @property
-    def replies_next(self) -> bool: ...
-
-    def has_place(self) -> bool: ...
-
-    def refusal_of(
-        self, host: str | None, address: Any, address_of: Callable[[Any], Any]
-    ) -> tuple[Reason, Refusal] | None: ...
-
-    def refused(self, address: Any, reason: Reason) -> None: ...
-
-    def say_instead(self, reply: Reply) -> bool: ...
-
-    def nothing_to_say(self) -> None: ...
 
     def take_socket(self, client: socket.socket, address: Any) -> None: ...
 
@@ -95,13 +81,14 @@ class Gate:
     Accepts for one port, by the rule of its factory.
 
     :param port: a port that :func:`can_gate`.
-    :param factory: knows the free slots and whether to drop or refuse, and when to
-        rest because accepting fails.
+    :param factory: whose entrance knows the free slots and whether to drop or refuse;
+        it takes who gets in, and knows when to rest because accepting fails.
     """
 
     def __init__(self, port: Any, factory: Admits) -> None:
         self._port = port
         self._factory = factory
+        self._entrance = factory.entrance
         self._exhaustion = factory.exhaustion
         self._is_open = False
         #: Whether the port is read from. Nobody else starts or stops that.
@@ -162,7 +149,7 @@ class Gate:
         """Ask the kernel for clients exactly while there is a place for one."""
         if not self._is_open:
             return
-        may_accept = self._exhaustion.pause is None and self._factory.has_place()
+        may_accept = self._exhaustion.pause is None and self._entrance.has_place()
         if may_accept is not self._is_accepting:
             self._is_accepting = may_accept
             if may_accept:
@@ -184,7 +171,7 @@ class Gate:
         """
         client, address = self._accept()
         how = self._factory.settings.refusal
-        if self._factory.is_dropping:
+        if self._entrance.is_dropping:
             self._send_away(client, address, Reason.DROPPED, "drop")
         elif isinstance(how, Reply):
             # It would keep the descriptor until the client has read it.
@@ -195,9 +182,10 @@ class Gate:
     def accept_batch(self) -> None:
         """The port is readable: accept what may come in."""
         factory = self._factory
+        entrance = self._entrance
         exhaustion = self._exhaustion
         taken = lost = 0
-        while taken < factory.settings.max_accepts_per_batch and factory.has_place():
+        while taken < factory.settings.max_accepts_per_batch and entrance.has_place():
             try:
                 client, address = self._accept()
             except BlockingIOError:
@@ -212,7 +200,7 @@ class Gate:
                 exhaustion.accepted()
             taken += 1
             host = address[0] if isinstance(address, tuple) else None
-            refusal = factory.refusal_of(host, address, self._port._buildAddr)
+            refusal = entrance.refusal_of(host, address, self._port._buildAddr)
             if refusal is None:
                 self._take(client, address)
             else:
@@ -226,14 +214,15 @@ class Gate:
     ) -> None:
         factory = self._factory
         if factory.is_observed:
-            factory.refused(self._port._buildAddr(_with_interface(address)), reason)
+            peer = self._port._buildAddr(_with_interface(address))
+            self._entrance.refused(peer, reason)
         else:
-            factory.refused(None, reason)
+            self._entrance.refused(None, reason)
         if not isinstance(how, Reply):
             send_away(client, how)
-        elif factory.say_instead(how):
+        elif factory.replies.say_next(how):
             self._take(client, address)
-            factory.nothing_to_say()
+            factory.replies.nothing_to_say()
         else:
             send_away(client, "reset")
 
@@ -256,7 +245,7 @@ class Gate:
         try:
             if len(address) == 4:
                 address = _with_interface(address)
-            if self._factory.takes_sockets and not self._factory.replies_next:
+            if self._factory.takes_sockets and self._factory.replies.next is None:
                 client.setblocking(False)
                 self._factory.take_socket(client, port._buildAddr(address))
                 return

@@ -207,7 +207,7 @@ class Lifecycle:
         The ``SystemExit`` or ``KeyboardInterrupt`` with which a handler has
         stopped the reactor, if one has (H7).
         """
-        return self._factory.stopped_by
+        return self._factory.failures.stopped_by
 
     def _close_port(self) -> None:
         if self._is_port_closing:
@@ -228,7 +228,7 @@ class Lifecycle:
 
     def _over(self, _: None) -> None:
         self._when_over.happen()
-        self._factory.nothing_can_fail()
+        self._factory.failures.over()
 
     def _broken_lifecycle(self) -> list[str]:
         """What does not hold, and ought to."""
@@ -238,7 +238,7 @@ class Lifecycle:
                 self._when_over.has_happened and factory.num_connections
             ),
             "nobody is let in while it is paused": self.is_closed
-            or (self.is_paused is not None) is factory.is_paused,
+            or (self.is_paused is not None) is factory.entrance.is_paused,
             "what is closed is not paused": not (self.is_closed and self.is_paused),
             "it accepts nobody any more when it is closed": not self.is_closed
             or self._is_port_closing,

@@ -6,7 +6,6 @@ bring about.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from tcpsvc.counters import Counters
@@ -14,6 +13,7 @@ from tcpsvc.log import log
 from tcpsvc.log_fields import of_client
 from tcpsvc.reasons import LIMITS, Reason
 from tcpsvc.settings import Settings
+from tcpsvc.whereabouts import Whereabouts
 
 #: Of each reason there is one warning in so many seconds (spec A3).
 WARNING_INTERVAL = 60.0
@@ -34,12 +34,12 @@ class Owner(Protocol):
 class RefusalLog:
     """
     :param owner: the factory.
-    :param names: returns where it listens.
+    :param whereabouts: where it listens.
     """
 
-    def __init__(self, owner: Owner, names: Callable[[], str]) -> None:
+    def __init__(self, owner: Owner, whereabouts: Whereabouts) -> None:
         self._owner = owner
-        self._names = names
+        self._whereabouts = whereabouts
         self._evicted = 0
         #: When it was last said that clients are refused, by the reason.
         self._warned_at: dict[Reason | str, float] = {}
@@ -51,7 +51,7 @@ class RefusalLog:
         if reason not in _SAID_ELSEWHERE and self.may_say(reason):
             log.warn(
                 "{address}: refusing clients: {reason}, {count} so far{limit}",
-                address=self._names(),
+                address=str(self._whereabouts),
                 reason=reason.value,
                 count=owner.counters.refusals[reason.value],
                 limit=self._limit(reason),
@@ -65,7 +65,7 @@ class RefusalLog:
             log.warn(
                 "{address}: dry run: {client} would have been refused or ended: "
                 "{reason}, {count} so far{limit}",
-                address=self._names(),
+                address=str(self._whereabouts),
                 **of_client(address),
                 reason=reason.value,
                 count=owner.counters.would_refuse[reason.value],
@@ -87,9 +87,13 @@ class RefusalLog:
         if settings.overflow == "hold" and self.may_say("max_connections"):
             log.warn(
                 "{address}: all {limit} connections are in use; further clients wait",
-                address=self._names(),
+                address=str(self._whereabouts),
                 limit=settings.max_connections,
             )
+
+    def all_tokens_taken(self) -> None:
+        """A client has taken the last that ``accept_rate`` allows for now."""
+        self._owner.events.limit_reached("accept_rate")
 
     def evicted(self) -> None:
         """A connection had to go for another client."""
@@ -99,7 +103,7 @@ class RefusalLog:
                 "{address}: all {limit} connections are in use; for each further "
                 "client the one that was idle for longest goes: {reason}, {count} so "
                 "far",
-                address=self._names(),
+                address=str(self._whereabouts),
                 limit=self._owner.settings.max_connections,
                 reason=Reason.EVICTED.value,
                 count=self._evicted,
@@ -110,7 +114,7 @@ class RefusalLog:
         if self.may_say(Reason.ACCEPT_RATE):
             log.warn(
                 "{address}: clients come more often than accept_rate={rate}; they wait",
-                address=self._names(),
+                address=str(self._whereabouts),
                 rate=self._owner.settings.accept_rate,
             )
 

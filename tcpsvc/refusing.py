@@ -20,6 +20,7 @@ from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.stream_connection import StreamConnection
 from tcpsvc.sweeper import Sweeper
+from tcpsvc.whereabouts import Whereabouts
 
 #: How long a client may take for a last word, in seconds.
 REPLY_TIMEOUT = 5.0
@@ -45,11 +46,10 @@ class Replies:
     client reads it also when it has sent something itself. This is their owner.
 
     :param owner: the factory, for its clock and its address.
+    :ivar next: what the next client is told instead of being served.
     """
 
     is_observed = looks = False
-    has_one_address = True
-    is_listening_anywhere = False  # Nobody asks for their own address.
 
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor
@@ -59,9 +59,13 @@ class Replies:
         )
         self.counters = self.events = Counters()
         self.errors: ErrorLog = owner.errors
+        #: Not asked for: nobody asks for their own addresses.
+        self.whereabouts = Whereabouts()
+        self.whereabouts.is_anywhere = False
         self._owner = owner
         self._connections: dict[int, StreamConnection[Any]] = {}
         self.sweeper = Sweeper(self.clock, self._connections)
+        self.next: Reply | None = None
 
     @property
     def may_reply(self) -> bool:
@@ -78,8 +82,24 @@ class Replies:
         self._connections[id] = connection
         return connection
 
+    def say_next(self, reply: Reply) -> bool:
+        """
+        The next client is told this, and not served.
+
+        :returns: whether that can be done.
+        """
+        if not self.may_reply:
+            return False
+        self.next = reply
+        return True
+
+    def nothing_to_say(self) -> None:
+        """Whoever was to be told something has been, or never will be."""
+        self.next = None
+
     def forget_unconnected(self, id: int) -> None:
         """Whoever was to connect one has failed to."""
+        self.next = None
         connection = self._connections.get(id)
         if connection is not None and connection.transport is None:
             connection.forget()
@@ -105,10 +125,6 @@ class Replies:
     def is_closed(self) -> bool:
         """Whether the server is."""
         return bool(self._owner.is_closed)
-
-    def listening_on(self) -> Any:
-        """The listening address."""
-        return self._owner.listening_on()
 
     def set_socket_options(self, connected: Any) -> None:
         """What is set on each connection's socket."""

@@ -299,7 +299,7 @@ class Server(Control, Lifecycle, Generic[AddressT, ListeningOnT]):
             state = f"paused ({self.is_paused})"
         if self.is_draining:
             state += ", draining"
-        if factory.is_dropping:
+        if factory.is_dropping_incoming_connections:
             state += ", dropping"
         return (
             f"<Server on {places_text(x.where for x in self.listeners)} {state}, "

@@ -250,10 +250,11 @@ class StreamConnection(Connection[AddressT]):
         is closing.
         """
         self._is_being_lost = True
+        whereabouts = self._factory.whereabouts
         if (
             self._host is None
-            and (self._handler_state == "running" or not self._factory.has_one_address)
-            and self._factory.is_listening_anywhere
+            and (self._handler_state == "running" or not whereabouts.has_one_address)
+            and whereabouts.is_anywhere
         ):
             # The handler may still ask, or nobody else knows: 6 % of a short
             # connection.
@@ -426,7 +427,7 @@ class StreamConnection(Connection[AddressT]):
         """
         if self._host is None:
             if self.is_socket_closed or self.transport is None:
-                return self._factory.listening_on()
+                return self._factory.whereabouts.listening_on()
             self._host = self.transport.getHost()
         return self._host
 

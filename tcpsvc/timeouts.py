@@ -8,8 +8,10 @@ over not before its time, and up to a quarter of it, or a second, later.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
+from tcpsvc.eviction import RANKING_LASTS
 from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings
 from tcpsvc.sweeper import INTERVAL, SHORTEST_INTERVAL
@@ -27,10 +29,14 @@ class Timeouts:
     The timeouts of a server's connections.
 
     :param settings: what they are.
+    :param lets_pass: whether a connection is let pass nevertheless, in a dry run.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, lets_pass: Callable[[Any, Reason], bool]
+    ) -> None:
         self._settings = settings
+        self._lets_pass = lets_pass
         #: Of connections that are watched for their throughput: since when, and how
         #: many bytes they had moved by then, and delivered, where that is known.
         self.windows: dict[int, tuple[float, int, int | None]] = {}
@@ -71,12 +77,23 @@ class Timeouts:
         """
         shortest = self.shortest
         if shortest is None:
-            return None
+            return RANKING_LASTS if self._settings.overflow == "evict" else None
         interval = max(SHORTEST_INTERVAL, min(INTERVAL, shortest / 4))
         if self._settings.idle_timeout is not None:
             idle = self._settings.idle_timeout + LATENESS
             interval = max(SHORTEST_INTERVAL, idle / math.ceil(idle / interval))
         return interval
+
+    def look(self, connection: Any, now: float) -> None:
+        """Look at a live connection, and end it if one of them is over."""
+        if not connection.is_running or connection.is_ended:
+            return
+        for reason in self.overdue(connection, now):
+            if not self._lets_pass(connection, reason):
+                connection.end(reason)
+                return
+            if connection.is_ended or connection.is_over:
+                return  # Whoever was told of the dry run has ended it.
 
     def overdue(self, connection: Any, now: float) -> tuple[Reason, ...]:
         """
@@ -139,3 +156,12 @@ class Timeouts:
     def forget(self, connection: Any) -> None:
         """It is over."""
         self.windows.pop(connection.id, None)
+
+    def broken(self, live: Collection[int]) -> list[str]:
+        """
+        What does not hold, and ought to.
+
+        :param live: the ids of live connections.
+        """
+        watches_others = any(number not in live for number in self.windows)
+        return ["only who is live is watched for its throughput"] * watches_others

@@ -473,7 +473,7 @@ async def test_a_bare_factory_holds_the_surplus_unread_and_in_order(
     await until(lambda: len(handlers.lines) == 2)
     await settle()
     assert (factory.num_connections, handlers.running) == (2, 2)
-    assert [unread_in_kernel(c) for c in factory._held] == [2] * 5
+    assert [unread_in_kernel(c) for c in factory.entrance.held.waiting] == [2] * 5
     factory.invariant()
     for number, client in enumerate(clients):
         await until(lambda n=number: len(handlers.lines) > n)

@@ -407,7 +407,7 @@ async def test_counts_of_peers_go_down_at_every_end(
             )
         )
         assert peers(server) == {}
-        assert server._factory._admission._keys == {}
+        assert server._factory.entrance.admission._keys == {}
     assert counters(server)["refusals"].get("peer_connections") is None
     server.invariant()
 
@@ -499,22 +499,22 @@ def test_held_ones_count_for_their_peer(staying: Staying) -> None:
     first = server.connect(v4("10.0.0.9"))
     held = [server.connect(v4("10.0.0.1")) for _ in range(3)]
     assert [c.is_closed for c in held] == [False, False, True]
-    assert server.factory._admission._peers.connections(b"\x0a\0\0\x01") == 2
+    assert server.factory.entrance.admission._peers.connections(b"\x0a\0\0\x01") == 2
     server.factory.set_drop_incoming_connections(True)
     assert all(c.is_closed for c in held)
-    assert server.factory._admission._peers.connections(b"\x0a\0\0\x01") == 0
+    assert server.factory.entrance.admission._peers.connections(b"\x0a\0\0\x01") == 0
     server.factory.set_drop_incoming_connections(False)
     held = [server.connect(v4("10.0.0.1")) for _ in range(2)]
     first.reset()
     assert server.factory.num_connections == 1
     held[0].reset()
     assert server.factory.num_connections == 1
-    assert server.factory._admission._peers.connections(b"\x0a\0\0\x01") == 1
+    assert server.factory.entrance.admission._peers.connections(b"\x0a\0\0\x01") == 1
     server.connect(v4("10.0.0.1"))
     server.factory.close()
     held[1].reset()
-    assert server.factory._admission._keys == {}
-    assert server.factory._admission._peers.describe()["live_peers"] == 0
+    assert server.factory.entrance.admission._keys == {}
+    assert server.factory.entrance.admission._peers.describe()["live_peers"] == 0
     server.factory.invariant()
 
 
@@ -847,7 +847,7 @@ def test_a_limit_given_while_some_are_held_counts_them(staying: Staying) -> None
     assert server.connect(v4("10.0.0.1")).is_closed
     for client in clients:
         client.reset()
-    assert server.factory._admission._keys == {}
+    assert server.factory.entrance.admission._keys == {}
     server.factory.invariant()
 
 
@@ -1379,7 +1379,7 @@ def test_in_any_order(seed: int, logs: Any) -> None:
     factory = walk.server.factory
     for _ in range(200):
         walk.step()
-        waits = factory.describe()["held"] and not factory._rate_wait
+        waits = factory.describe()["held"] and not factory.entrance.rate_wait.timer
         assert not waits or factory.slots.is_full
     factory.close()
     factory.close_connections()
@@ -1388,9 +1388,9 @@ def test_in_any_order(seed: int, logs: Any) -> None:
     walk.server.clock.pump([1.0] * 8)
     assert factory.num_connections == 0
     factory.invariant()
-    assert factory._admission._keys == {}
-    assert not factory._replies._connections
+    assert factory.entrance.admission._keys == {}
+    assert not factory.replies._connections
     assert walk.server.clock.getDelayedCalls() == []
-    assert not factory._too_early and not factory._held_unconnected
+    assert not factory.entrance.held.too_early and not factory.entrance.held.unconnected
     assert all(client.is_closed for client in walk.clients)
     assert not [e for e in logs.take(LogLevel.critical) if "observer" in str(e)]

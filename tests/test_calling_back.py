@@ -301,7 +301,7 @@ async def test_who_is_closed_for_one_dry_run_is_in_no_other(
     clock.pump([0.25] * 10)
     await until(lambda: not server.num_connections)
     assert len(told) == 1
-    assert not server._factory._told
+    assert not server._factory._dry_run.told
     server.invariant()
 
 
@@ -379,8 +379,8 @@ async def test_equal_observers_are_two(serve: Any) -> None:
     server = await serve(lambda *_: None, observer=one)
     server.add_observer(other)
     server.remove_observer(other)
-    assert server._factory._observers == [one]
-    assert server._factory._observers[0] is one
+    assert server._factory._observers.added == [one]
+    assert server._factory._observers.added[0] is one
     with pytest.raises(ValueError, match="was not added"):
         server.remove_observer(other)
 

@@ -504,7 +504,7 @@ async def test_a_pause_that_refuses_ends_the_announcement(
     await until_over(over, clock)
     assert over.results == [DrainReport(finished=1)]
     assert clock.seconds() == 1.0
-    assert server._factory._observers[1:] == []
+    assert server._factory._observers.added[1:] == []
 
 
 @ensureDeferred
@@ -1047,7 +1047,7 @@ async def test_observers_are_told_of_the_beginning_and_the_end(
     server.drain()
     server.force_drain()
     assert len(log) == 4
-    assert len(server._factory._observers) == 1
+    assert len(server._factory._observers.added) == 1
 
 
 @ensureDeferred

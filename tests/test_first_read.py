@@ -328,13 +328,13 @@ async def test_a_transport_that_is_lost_before_the_start_costs_nobody_theirs(
 
     server = await serve(handle, observer=Noting())
     factory = server._factory
-    factory.hold_starts()
+    factory.starts.hold()
     for line in (b"one\n", b"two\n"):
         connect(server).send(line)
     await until(lambda: len(accepted) == 2)
     getattr(accepted[0].transport, how)()
     await until(lambda: accepted[0].is_socket_closed)
-    factory.begin_starts()
+    factory.starts.begin()
     await until(lambda: not server.num_connections)
     assert lines == [b"one\n", b"two\n"]
 

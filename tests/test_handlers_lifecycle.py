@@ -1013,7 +1013,7 @@ async def test_what_stops_a_program_stops_the_reactor(
     client.close()
     await until(lambda: server.num_connections == 0)
     assert (stops, errors.calls) == ([True], [])
-    assert server._factory.stopped_by is error
+    assert server._factory.failures.stopped_by is error
     assert not server.is_closed
     (event,) = logs.take(LogLevel.critical)
     assert event["log_failure"].value is error
@@ -1041,5 +1041,5 @@ async def test_a_reactor_that_is_stopping_is_not_stopped_again(
     for _ in range(2):
         assert await in_thread(connect(server).read_all) == b""
     await until(lambda: not waiting and not server.num_connections)
-    assert server._factory.stopped_by is raised[0]
+    assert server._factory.failures.stopped_by is raised[0]
     assert len(logs.take(LogLevel.critical)) == 2

@@ -87,7 +87,7 @@ async def test_the_invariant_holds_at_every_step(
             ),
             id="too many",
         ),
-        pytest.param(lambda f: f._when_over.happen(), id="live after the end"),
+        pytest.param(lambda f: f.ending._when_over.happen(), id="live after the end"),
     ],
 )
 async def test_a_broken_invariant_raises_with_the_description(
@@ -111,7 +111,7 @@ async def test_a_broken_invariant_raises_with_the_description(
     factory._live.update(live)
     factory.slots._limit, factory.slots._allowed = limits
     object.__setattr__(factory.settings, "max_accepts_per_batch", settings)
-    factory._when_over.has_happened = False
+    factory.ending._when_over.has_happened = False
     held.told.callback(None)
     server.invariant()
     await server.close(close_existing_connections=True)

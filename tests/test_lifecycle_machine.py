@@ -367,8 +367,8 @@ class Lifecycle(RuleBasedStateMachine):
         self.server: Server[Any, Any] = pytest_twisted.blockon(creating)
         self.factory = self.server._factory
         # Who is there when a drain stops accepting; it is said in no other way.
-        start_accepted = self.factory.start_accepted
-        self.factory.start_accepted = lambda: self.see_drain_begin(start_accepted)  # type: ignore[method-assign]
+        start_accepted = self.factory.starts.start_now
+        self.factory.starts.start_now = lambda: self.see_drain_begin(start_accepted)  # type: ignore[method-assign]
         self.finished = self.boxed(self.server.close_finished(), "closed")
         self.over = Box(self.server.close_finished_and_handlers_determined())
         self.failed = Box(self.server.failed())
@@ -511,7 +511,7 @@ class Lifecycle(RuleBasedStateMachine):
         # Who was accepted before the pause, and waits for a slot, is served in it.
         assert (
             self.server.is_paused is None
-            or connection.id <= self.factory._last_before_pause
+            or connection.id <= self.factory.entrance.held.last_before_pause
         ), "is paused"
         assert not self.server.is_closed, "is closed"
         if self.dropping:
@@ -681,7 +681,7 @@ class Lifecycle(RuleBasedStateMachine):
             sum(counters.refusals.values()),
             sum(len(c.received) + (c.end != "") for c in self.callers),
             sum(len(c.written) for c in self.callers),
-            len(self.factory._starts),
+            len(self.factory.starts),
             self.server.is_paused,
             self.server.is_closed,
             self.finished.state,
@@ -715,7 +715,7 @@ class Lifecycle(RuleBasedStateMachine):
         for caller in self.callers:
             if caller.has_left in ("", "fin"):
                 caller.pump()
-        for connection in self.factory._held:
+        for connection in self.factory.entrance.held.waiting:
             caller = self.by_key[key_of(connection.peer)]
             if caller.held_since is None:
                 self.see_held(connection)
@@ -727,20 +727,21 @@ class Lifecycle(RuleBasedStateMachine):
 
     def see_held(self, connection: Any) -> None:
         """Who is held was accepted before there was a slot, or too early: why?"""
-        factory = self.factory
+        entrance = self.factory.entrance
         if self.paused_at == self.steps:
             return  # In the midst of the eviction that made room for it, perhaps.
         assert not self.paused, "is held during a pause"
-        if connection.id not in factory._too_early:
+        if connection.id not in entrance.held.too_early:
             assert self.options["overflow"] == "evict", "is held in vain"
-            waiting, evicted = factory._waiting_for_slots, factory._eviction.under_way
+            waiting, evicted = entrance.held.for_slots, entrance.eviction.under_way
             # Who is evicted beyond a lowered limit makes no room.
             assert waiting <= evicted or self.is_lowered, "nobody was evicted for it"
 
     def count_peers(self) -> dict[Any, int]:
         """How many each peer has, by the server's account of who is there."""
         counts: dict[Any, int] = {}
-        for connection in [*self.factory.connections, *self.factory._held]:
+        held = self.factory.entrance.held.waiting
+        for connection in [*self.factory.connections, *held]:
             peer = self.peer_of(self.by_key[key_of(connection.peer)])
             counts[peer] = counts.get(peer, 0) + 1
         return counts
@@ -784,19 +785,20 @@ class Lifecycle(RuleBasedStateMachine):
                     f"{self.by_id[connection.id]}: {not_yet}: {connection.snapshot()}"
                 )
         # Who waits in vain.
-        held = factory._held
+        entrance = factory.entrance
+        held = entrance.held.waiting
         if self.closed:
-            assert not held and not factory._replies._connections
+            assert not held and not factory.replies._connections
         if held and not self.closed:
             first = held[0].id
             # Whoever was to be evicted for it has paused the server instead.
-            may_wait = self.paused and first > factory._last_before_pause
-            assert may_wait or factory._is_full or first in factory._too_early
+            may_wait = self.paused and first > entrance.held.last_before_pause
+            assert may_wait or entrance.is_full or first in entrance.held.too_early
         timers = self.clock.getDelayedCalls()
         is_drained = not self.drains or self.drained is not None
         # Those who cancel handlers wait for reports of their errors, too.
-        is_drained = is_drained and not self.factory.is_reporting_errors
-        if is_drained and not (live or held or factory._replies._connections):
+        is_drained = is_drained and not self.factory.failures.is_reporting
+        if is_drained and not (live or held or factory.replies._connections):
             waits = options["accept_rate"] is not None and not self.closed
             assert len(timers) <= waits, timers
         assert set(the_reactor().getDelayedCalls()) <= self.calls
@@ -830,7 +832,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def clients_as_expected(self, live: dict[int, Any]) -> str:
         """Everybody is accounted for, once."""
-        held = {key_of(c.peer) for c in self.factory._held}
+        held = {key_of(c.peer) for c in self.factory.entrance.held.waiting}
         for caller in self.callers:
             assert caller.accepted <= 1 and caller.started <= caller.accepted
             assert len(caller.refusals) <= 1
@@ -875,7 +877,7 @@ class Lifecycle(RuleBasedStateMachine):
         if options["overflow"] == "hold":
             return ""
         if options["overflow"] == "evict":
-            evicted = self.factory._eviction.evicted
+            evicted = self.factory.entrance.eviction.evicted
             if all(i in evicted or not slots.holds(c) for i, c in slots.live.items()):
                 return ""
             return "nobody was evicted"
@@ -965,7 +967,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert self.closed or waits.state == "pending"
             if self.closed and waits.state != "done":
                 return "close() has not finished"
-        is_over = self.closed and not live and not self.factory.is_reporting_errors
+        is_over = self.closed and not live and not self.factory.failures.is_reporting
         assert is_over or self.over.state == "pending"
         if is_over and self.over.state != "done":
             return "not over"
@@ -1165,7 +1167,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.changed_at = now
         if not changed.keys().isdisjoint({"accept_rate", "dry_run"}):
             # Who is held has taken a token, or will take one.
-            held = len(self.factory._held)
+            held = len(self.factory.entrance.held.waiting)
             self.rate_since = (now, self.factory.counters.accepted + held)
             self.token_at = now
         if not changed.keys().isdisjoint(

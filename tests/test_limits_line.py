@@ -80,7 +80,7 @@ def line_of(factory: ServerFactory) -> str:
     return limits_line(
         factory.settings,
         of_streams=factory.takes_streams,
-        is_dropping=factory.is_dropping,
+        is_dropping=factory.is_dropping_incoming_connections,
         has_backlog=True,
     )
 

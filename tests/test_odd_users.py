@@ -74,7 +74,7 @@ def test_a_system_exit_out_of_build_protocol_is_a_stop(logs: Any) -> None:
     server = MemoryServer.of_protocols(Exits())
     client = server.connect()
     assert client.is_closed
-    assert isinstance(server.factory.stopped_by, SystemExit)
+    assert isinstance(server.factory.failures.stopped_by, SystemExit)
     assert server.factory.num_connections == 0
     assert server.errors == []
     assert len(logs.take(LogLevel.critical)) == 1
@@ -222,7 +222,7 @@ async def test_a_drain_says_that_it_waits_for_on_handler_error(
     client = connect(server)
     await in_thread(client.read_all)
     client.close()
-    await until(lambda: server._factory.is_reporting_errors)
+    await until(lambda: server._factory.failures.is_reporting)
     done: list[Any] = []
     server.drain(timeout=5.0).addCallback(done.append)
     clock.pump([1.0] * 8)

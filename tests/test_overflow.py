@@ -165,7 +165,7 @@ async def test_tls_clients_are_sent_away(
     for number in range(1, 4):
         assert await in_thread(speak) == SEEN[way]
         assert refusals(server) == {"overflow": number}
-    await until(lambda: not server._factory._replies._connections)
+    await until(lambda: not server._factory.replies._connections)
 
 
 @ensureDeferred
@@ -290,7 +290,7 @@ async def test_who_does_not_take_its_reply_is_let_go_of_after_5_s(
     await settle()
     assert await in_thread(slow.read, len(BUSY.data)) == BUSY.data
     slow.send(b"more and more")
-    replies = server._factory._replies
+    replies = server._factory.replies
     assert len(replies._connections) == 1
     clock.pump([1.0] * 4)
     await settle()
@@ -316,7 +316,7 @@ async def test_a_tls_client_that_never_shakes_hands_is_let_go_of(
     await settle()
     clock.pump([1.0] * 6)
     assert (await in_thread(end_of, silent))[0] == b""
-    assert not server._factory._replies._connections
+    assert not server._factory.replies._connections
 
 
 @ensureDeferred
@@ -378,7 +378,7 @@ async def test_a_reply_that_a_wrapping_factory_prevents_is_not_the_next_clients(
         await in_thread(end_of, connect(server))
         await until(lambda number=number: refusals(server) == {"overflow": number})
     wrappers[0].mood = ""
-    assert not server._factory._replies._connections
+    assert not server._factory.replies._connections
     first.shut()
     await until(lambda: not server.num_connections)
     served = connect(server)
@@ -670,10 +670,10 @@ async def test_one_slot_that_never_gets_free(
     assert server.num_connections == 1
     assert not server._listeners.ports[0]._gate._is_accepting
     asked = []
-    server._factory.has_place = lambda: asked.append(1)
+    server._factory.entrance.has_place = lambda: asked.append(1)
     await settle()
     assert not asked
-    del server._factory.has_place
+    del server._factory.entrance.has_place
     await server.close()
     for client in newcomers:
         assert (await in_thread(end_of, client))[0] == b""
@@ -1093,7 +1093,7 @@ async def test_who_does_not_take_its_last_word_is_no_line_each(
     )
     connect(server)
     await until(lambda: server.num_connections == 1)
-    replies = server._factory._replies._connections
+    replies = server._factory.replies._connections
     clients = [connect(server) for _ in range(5)]
     for client in clients:
         client.send(b"I go on" * 2000)  # More than is read before the reply.

@@ -421,7 +421,7 @@ def test_in_a_dry_run_it_is_counted_once_a_connection(option: str) -> None:
         assert not client.is_closed
         client.send_eof()
     assert server.factory.counters.ends == {"eof": 2}
-    assert server.factory._told == {}
+    assert server.factory._dry_run.told == {}
 
 
 class Closes(Observer):
@@ -455,7 +455,7 @@ def test_whoever_hears_of_a_dry_run_may_close_the_connection() -> None:
             server.clock.advance(1)
         assert observer.seen == [expected]
         assert server.factory.connections == []
-        assert server.factory._told == {}
+        assert server.factory._dry_run.told == {}
         assert server.clock.getDelayedCalls() == []
         observer.seen.clear()
 

@@ -524,7 +524,7 @@ async def test_a_dry_run_of_the_age_limit_lets_pass_and_counts_once(
     s.end.callback(None)
     await until(lambda: s.server.num_connections == 0)
     assert s.server.describe()["counters"]["ends"] == {"finished": 1}
-    assert s.server._factory._told == {}
+    assert s.server._factory._dry_run.told == {}
     s.server.invariant()
 
 
@@ -551,7 +551,7 @@ async def test_a_dry_run_of_the_age_limit_that_ends_ends_whom_it_let_pass(
     assert [type(e) for e in s.errors] == [BufferAgeLimitExceeded]
     s.end.callback(None)
     await until(lambda: s.server.num_connections == 0)
-    assert s.server._factory._told == {}
+    assert s.server._factory._dry_run.told == {}
 
 
 @ensureDeferred
