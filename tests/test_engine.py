@@ -247,6 +247,28 @@ async def test_a_write_outside_any_turn_reaches_the_client(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("end", ["loseConnection", "loseWriteConnection"])
+async def test_what_a_flush_has_said_last_is_sent_before_the_transport_is_closed(
+    serve: Any, connect: Any, end: str
+) -> None:
+    """As by Twisted's: whoever waits for a flush may write more, and then close it."""
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        await reader.readline()
+        writer.write(b"one ")
+        await writer.flushed()
+        writer.write(b"two")
+        getattr(writer.transport, end)()
+        await reader.read()
+
+    server = await serve(handler)
+    client = connect(server)
+    await all_wait(server, 1)
+    client.send(b"line\n")
+    assert await in_thread(client.read_all) == b"one two"
+
+
+@ensureDeferred
 async def test_a_handler_that_a_deferred_resumes_reaches_its_client(
     serve: Any, connect: Any
 ) -> None:

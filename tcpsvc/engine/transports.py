@@ -369,6 +369,8 @@ class _SendsAtOnce(Watched):
             self._judge()
             if self.watcher is not None:
                 self.watcher.sent()
+                if self.unsent or not self.connected:
+                    return None  # Whoever was told has written more, or closed it.
         if self.producer is not None and (
             not self.streamingProducer or self.producerPaused
         ):
@@ -378,6 +380,9 @@ class _SendsAtOnce(Watched):
             return self._postLoseConnection()
         elif self._writeDisconnecting and not self._writeDisconnected:
             self._writeDisconnected = True
+            # Whoever was told of this flush may have asked for another one, and to
+            # send after this, were it nothing, is an error that loses it.
+            self.stopWriting()
             return self._closeWriteConnection()
         return None
 
