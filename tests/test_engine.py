@@ -696,6 +696,32 @@ def test_who_is_left_for_the_next_turn_has_no_heir(
     assert served[-1] == "heir"
 
 
+def test_who_is_closed_in_a_turn_that_does_not_reach_it_has_no_heir(
+    stage: Any, monkeypatch: Any
+) -> None:
+    """As one that is closed after it."""
+    sub, make, served = stage
+    ones = twelve_that_take_long(make, monkeypatch)
+    take_long = ones["0"].then
+
+    def close() -> None:
+        take_long()
+        sub.remove(ones["11"])
+
+    ones["0"].then = close
+    sub.doRead()
+    assert "0" in served
+    assert "11" not in served
+    ones["0"].then = take_long
+    heir = make("heir", ones["11"].successor(), ready=False)
+    for _ in ones:
+        sub.doRead()
+    assert set(served) == set(ones) - {"11"}
+    heir.far.send(b"x")
+    sub.doRead()
+    assert served[-1] == "heir"
+
+
 def test_who_comes_in_a_turn_can_leave_in_it(stage: Any) -> None:
     """And leaves nothing behind."""
     sub, make, served = stage
