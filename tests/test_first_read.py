@@ -426,3 +426,73 @@ async def test_a_first_statement_may_give_the_socket_away(
     client.send(b"hello")
     assert await in_thread(client.read_all) == b""
     assert heard == [b"hello"]
+
+
+# Who turns the reactor before the first wait is told of what comes, too.
+
+
+def bytes_buffered(reader: Any, _: Any) -> Callable[[], bool]:
+    """Nine or ten bytes have come."""
+    return lambda: reader.bytes_buffered >= 9
+
+
+def bytes_read(reader: Any, _: Any) -> Callable[[], bool]:
+    """Ten have."""
+    return lambda: reader.bytes_read == 10
+
+
+def at_eof(reader: Any, _: Any) -> Callable[[], bool]:
+    """The client has ended its side."""
+    return lambda: reader.at_eof() or reader.has_eof  # With some unread.
+
+
+def consumer_left(_: Any, writer: Any) -> Callable[[], bool]:
+    """It has reset the connection."""
+    left = writer.consumer_left()
+    return lambda: left.called
+
+
+def close_finished(_: Any, writer: Any) -> Callable[[], bool]:
+    """That has closed it."""
+    closed = writer.close_finished()
+    return lambda: closed.called
+
+
+@ensureDeferred
+@pytest.mark.parametrize("has_read", [False, True])
+@pytest.mark.parametrize(
+    "what", [bytes_buffered, bytes_read, at_eof, consumer_left, close_finished]
+)
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_who_turns_the_reactor_in_the_first_step_is_told_of_what_comes(
+    serve: Any, connect: Any, engine: str, what: Any, has_read: bool
+) -> None:
+    """By both engines alike: before it has read anything, and after a first read."""
+    reactor = the_reactor()
+    if hasattr(reactor, "_asyncioEventloop"):
+        pytest.skip("asyncio's loop cannot be turned from within")
+    done: list[bool] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        if has_read:
+            assert await reader.read(0) == b""
+            assert await reader.read(1) == b"1"
+        is_done = what(reader, writer)
+        reactor.callLater(0, talk)
+        give_up = reactor.seconds() + 2
+        while not is_done() and reactor.seconds() < give_up:
+            reactor.iterate(0.01)
+        done.append(is_done())
+
+    def talk() -> None:
+        client.send(b"67890")
+        if what in (consumer_left, close_finished):
+            client.reset()
+        elif what is at_eof:
+            client.shut()
+
+    server = await serve(handle, engine=engine)
+    client = connect(server)
+    client.send(b"12345")
+    await until(lambda: done)
+    assert done == [True]
