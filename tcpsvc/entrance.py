@@ -207,7 +207,9 @@ class Entrance(protocol.ServerFactory):
         before gets the next slot.
         """
         if paused and not self.is_paused:
-            self._last_before_pause = self._last_id
+            # One that is being judged was accepted too: it may be for its sake that a
+            # handler was evicted that pauses.
+            self._last_before_pause = self._last_id + self._is_judged
         self.is_paused = paused
         if not paused and self.settings.overflow == "evict" and self._held:
             self._make_room(0)
