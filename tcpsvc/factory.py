@@ -8,10 +8,11 @@ gets in is :mod:`tcpsvc.entrance`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
@@ -19,6 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import alsoProvides, noLongerProvides
 
 from tcpsvc._waiters import Event, all_of
+from tcpsvc.address_text import address_text
 from tcpsvc.checks import at_least_one
 from tcpsvc.connection import Connection
 from tcpsvc.entrance import Entrance, nothing
@@ -32,6 +34,7 @@ from tcpsvc.reasons import Reason
 from tcpsvc.settings import Settings, change_options, check_options, describe_settings
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
+from tcpsvc.timeouts import OF_TRAFFIC
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -190,6 +193,7 @@ class ServerFactory(Entrance):
         """
         before = self.settings
         settings = change_options(self._options, before, changes)
+        self.check_limits_at(self._addresses(), settings)
         self.settings = settings
         self.slots.limit = settings.max_connections
         present = [*self._live.values(), *self._held, *self._held_unconnected.values()]
@@ -202,6 +206,30 @@ class ServerFactory(Entrance):
         ):
             self._rate_as_set()
         self._place_found()
+
+    def check_limits_at(
+        self, addresses: Iterable[object], settings: Settings | None = None
+    ) -> None:
+        """
+        :param addresses: where it is to listen.
+        :param settings: the limits, else as they are.
+        :raises ValueError: one is about what nobody knows: what the UNIX sockets of
+            socket handlers move. Without any other it would do nothing.
+        """
+        where = list(addresses)
+        if not (self.takes_sockets and where) or not all(
+            isinstance(address, UNIXAddress) for address in where
+        ):
+            return
+        settings = settings or self.settings
+        for name in OF_TRAFFIC:
+            limit = getattr(settings, name)
+            if limit is not None:
+                raise ValueError(
+                    f"{name}={limit!r} at {address_text(where[0])}: nobody knows what "
+                    "a UNIX socket moves whose handler has the socket; use "
+                    "handler_timeout or lifetime, or Server.create"
+                )
 
     def set_handler(self, handler: Any) -> None:
         """
