@@ -138,6 +138,7 @@ def _bind(
         if given is not None and not is_immediate:
             raise ValueError(f"socket={given!r} with an endpoint, which has its own")
         factory = make_factory(**options)
+        factory.check_limits_at(place.address for place in places)
     except BaseException:
         close_given(given)
         raise

@@ -198,7 +198,9 @@ class Entrance:
         :param last_id: the latest that was accepted.
         """
         if paused and not self.is_paused:
-            self.held.last_before_pause = last_id
+            # One that is being judged was accepted too: it may be for its sake that a
+            # handler was evicted that pauses.
+            self.held.last_before_pause = last_id + self.is_judged
         self.is_paused = paused
         if not paused and self._evicts and self.held.waiting:
             self._make_room(0)

@@ -8,13 +8,15 @@ ports and connections call is in :mod:`tcpsvc.connection_factory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocolFactory
 
+from tcpsvc.address_text import address_text
 from tcpsvc.checks import at_least_one
 from tcpsvc.connection import Connection
 from tcpsvc.connection_factory import ConnectionFactory
@@ -25,6 +27,7 @@ from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.settings import Settings, change_options, check_options, describe_settings
 from tcpsvc.sock_connection import SockConnection
 from tcpsvc.stream_connection import StreamConnection
+from tcpsvc.timeouts import OF_TRAFFIC
 from tcpsvc.user_factory import check_user_factory, negotiate_as, stop_user_factory
 
 if TYPE_CHECKING:
@@ -182,6 +185,7 @@ class ServerFactory(ConnectionFactory):
         """
         before = self.settings
         settings = change_options(self._options, before, changes)
+        self.check_limits_at(self.whereabouts.addresses(), settings)
         self.settings = settings
         self.slots.limit = settings.max_connections
         self.entrance.limits_changed()
@@ -193,6 +197,30 @@ class ServerFactory(ConnectionFactory):
         ):
             self.entrance.rate_changed()
         self.entrance.place_found()
+
+    def check_limits_at(
+        self, addresses: Iterable[object], settings: Settings | None = None
+    ) -> None:
+        """
+        :param addresses: where it is to listen.
+        :param settings: the limits, else as they are.
+        :raises ValueError: one is about what nobody knows: what the UNIX sockets of
+            socket handlers move. Without any other it would do nothing.
+        """
+        where = list(addresses)
+        if not (self.takes_sockets and where) or not all(
+            isinstance(address, UNIXAddress) for address in where
+        ):
+            return
+        settings = settings or self.settings
+        for name in OF_TRAFFIC:
+            limit = getattr(settings, name)
+            if limit is not None:
+                raise ValueError(
+                    f"{name}={limit!r} at {address_text(where[0])}: nobody knows what "
+                    "a UNIX socket moves whose handler has the socket; use "
+                    "handler_timeout or lifetime, or Server.create"
+                )
 
     def set_handler(self, handler: Any) -> None:
         """

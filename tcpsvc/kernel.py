@@ -24,9 +24,16 @@ _TCP_INFO_SIZE = 136
 _TCPI_BYTES_ACKED = 120
 #: tcpi_bytes_acked and tcpi_bytes_received.
 _TCPI_BYTES = struct.Struct("=QQ")
+#: tcpi_notsent_bytes; tcpi_bytes_sent and tcpi_bytes_retrans, since Linux 4.19.
+_TCPI_NOTSENT = 144
+_TCPI_BYTES_SENT = 200
+_TCP_INFO_SIZE_WITH_SENT = 216
 _TCPI_LAST_DATA_SENT = 44
 #: tcpi_last_data_sent, tcpi_last_ack_sent and tcpi_last_data_recv, in ms.
 _TCPI_LAST = struct.Struct("=III")
+_TCP_CLOSE = 7
+#: As of linux/tcp.h; since Linux 4.18.
+_TCP_INQ = 36
 #: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT and CLOSE.
 _TCP_STATES_AFTER_FIN = frozenset({8, 9, 11, 6, 7})
 #: FIN_WAIT2 and TIME_WAIT; and those, FIN_WAIT1, CLOSING and LAST_ACK.
@@ -127,8 +134,8 @@ def traffic(connected: socket.socket | None) -> tuple[int | None, int | None]:
 
 def _without_fin(received: int, state: int) -> int:
     """
-    A FIN counts for a byte. Whether one has come before a reset nobody knows, but that
-    there are none to take it from.
+    A FIN counts for a byte. Whether one has come before a reset can be asked only
+    :func:`at the end <taken_at_end>`, but not if there are none to take it from.
     """
     return received - (state in _TCP_STATES_AFTER_FIN) if received else 0
 
@@ -148,6 +155,56 @@ def taken(connected: socket.socket | None) -> tuple[int | None, int | None]:
         _without_fin(received, state),
         acknowledged + waiting - (state in _TCP_STATES_AFTER_OWN_FIN),
     )
+
+
+def taken_at_end(connected: socket.socket | None) -> tuple[int | None, int | None]:
+    """
+    As :func:`taken`, of a socket that is to be closed now. It may take the error that
+    would be read next, and so knows of one that is reset whether FINs came before.
+    """
+    info = _tcp_info(connected)
+    received, sent = taken(connected)
+    if (
+        info is None
+        or info[0] != _TCP_CLOSE
+        or connected is None
+        or received is None
+        or sent is None
+    ):
+        return received, sent
+    no_fin = bool(received) and not _has_fin(connected)
+    return received + no_fin, sent - _has_own_fin(connected, sent)
+
+
+def _has_fin(connected: socket.socket) -> bool:
+    """
+    Whether the client's FIN came before the connection was reset: TCP_INQ counts it
+    with what is to be read, SIOCINQ does not.
+    """
+    try:
+        connected.setsockopt(socket.IPPROTO_TCP, _TCP_INQ, 1)
+    except OSError:
+        return True  # Nobody knows; so it was counted.
+    try:
+        _, answers, _, _ = connected.recvmsg(
+            1, socket.CMSG_SPACE(4), socket.MSG_PEEK | socket.MSG_DONTWAIT
+        )
+    except OSError:
+        return False  # After a FIN the end is read, not the reset.
+    unread = _queued(connected, _SIOCINQ)
+    return any(struct.unpack("i", data)[0] != unread for _, _, data in answers)
+
+
+def _has_own_fin(connected: socket.socket, taken: int) -> bool:
+    """Whether one more has been taken than was sent or is to be: our own FIN."""
+    info = connected.getsockopt(
+        socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE_WITH_SENT
+    )
+    if len(info) != _TCP_INFO_SIZE_WITH_SENT:
+        return False
+    sent, again = _TCPI_BYTES.unpack_from(info, _TCPI_BYTES_SENT)
+    (waiting,) = struct.unpack_from("=I", info, _TCPI_NOTSENT)
+    return bool(taken == sent - again + waiting + 1)
 
 
 def idle(connected: socket.socket | None) -> float | None:

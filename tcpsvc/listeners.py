@@ -44,6 +44,8 @@ class Listeners:
                 ServedPort(where, port, factory, is_given=given is not None)
                 for where, port in zip(places, ports, strict=True)
             )
+            # Of an endpoint, or a descriptor, it is only known now.
+            factory.check_limits_at(self.addresses())
         except BaseException:
             close_all_at_once(ports)
             raise

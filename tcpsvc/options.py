@@ -83,7 +83,8 @@ class Options(TypedDict, total=False):
         most a quarter of it (and 0.05 s, or a second) later. A handler that has ended
         is left to ``flush_timeout``, one whose socket is closed to
         ``handler_timeout``. What a UNIX socket of ``create_sock`` moves nobody
-        knows: for it there are only ``handler_timeout`` and ``lifetime``.
+        knows: where it listens on those only, this one, ``idle_timeout`` and
+        ``min_throughput`` are refused; beside others they are for the others.
     ``idle_timeout``
         Seconds without a byte either way: received, or taken by this kernel or, of
         TCP, the client's. Default: no limit.

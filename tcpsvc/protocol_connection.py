@@ -335,6 +335,11 @@ class ProtocolConnection(Connection[AddressT]):
             return self._bytes_seen()
         return kernel.taken(self._connected_socket())
 
+    def _bytes_at_end(self) -> Bytes:
+        if hasattr(self._base, "bytes_in"):
+            return self._bytes_seen()
+        return kernel.taken_at_end(self._connected_socket())
+
     @property
     def bytes_waiting(self) -> int:
         return getattr(self._base, "unsent", 0)

@@ -75,8 +75,6 @@ class Reader:
     :meth:`readline` too, and stays in the buffer.
 
     The server makes it; handlers receive it.
-
-    :ivar bytes_read: how many bytes have arrived on this connection so far.
     """
 
     __slots__ = (
@@ -91,8 +89,9 @@ class Reader:
         "_suspension",
         "_waiter",
         "_wake_at",
-        "bytes_read",
+        "bytes_arrived",
         "has_eof",
+        "is_told",
         "read_first",
     )
 
@@ -116,8 +115,10 @@ class Reader:
         self._is_draining = False
         #: Takes what has come before the handler's start, when it first waits.
         self.read_first: Callable[[], None] | None = None
+        #: Whether it need not have the kernel tell of input. The connection says it.
+        self.is_told = True
         self.has_eof = False
-        self.bytes_read = 0
+        self.bytes_arrived = 0
 
     # For handlers.
 
@@ -136,7 +137,7 @@ class Reader:
                 return b""
             while not self.has_eof:
                 await self._more(None)
-            return self._take(self.bytes_buffered)
+            return self._take(self._buffered)
         if self._position == len(self._data) and not self.has_eof:
             await self._more(1)
         size = len(self._data) - self._position
@@ -216,9 +217,9 @@ class Reader:
             self._refuse()
         if n < 0:
             raise ValueError(f"n={n} is negative")
-        if self.bytes_buffered < n and not self.has_eof:
+        if self._buffered < n and not self.has_eof:
             await self._more(n)
-        buffered = self.bytes_buffered
+        buffered = self._buffered
         if buffered < n:
             raise IncompleteReadError(self._take(buffered), n)
         return self._take(n)
@@ -234,7 +235,7 @@ class Reader:
             self._refuse()
         if not 0 <= n <= self._limit:
             raise ValueError(f"n={n} is not in 0..{self._limit} (reader_buffer_size)")
-        if self.bytes_buffered < n and not self.has_eof:
+        if self._buffered < n and not self.has_eof:
             await self._more(n)
         return bytes(self._data[self._position : self._position + n])
 
@@ -249,7 +250,9 @@ class Reader:
 
     def at_eof(self) -> bool:
         """Whether EOF has come and everything before it was read."""
-        return self.has_eof and not self.bytes_buffered
+        if not self.is_told:
+            self._be_told()
+        return self.has_eof and not self._buffered
 
     def close(self) -> None:
         """
@@ -293,7 +296,16 @@ class Reader:
     @property
     def bytes_buffered(self) -> int:
         """How many bytes have arrived and are not read yet."""
+        if not self.is_told:
+            self._be_told()
         return len(self._data) - self._position
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes have arrived on this connection so far."""
+        if not self.is_told:
+            self._be_told()
+        return self.bytes_arrived
 
     @property
     def connection(self) -> Connection[Any]:
@@ -328,7 +340,7 @@ class Reader:
         state = "closed" if self._is_closed else "eof" if self.has_eof else "open"
         return (
             f"<Reader of {address_text(self._connection.peer)} {state}, "
-            f"{self.bytes_buffered} bytes buffered, {self.bytes_read} read>"
+            f"{self._buffered} bytes buffered, {self.bytes_arrived} read>"
         )
 
     # For the connection.
@@ -338,7 +350,7 @@ class Reader:
         if self.has_eof:
             return
         size = len(data)
-        self.bytes_read += size
+        self.bytes_arrived += size
         old = self._data
         rest = len(old) - self._position
         if not rest:
@@ -384,11 +396,24 @@ class Reader:
 
     def _is_at_the_end(self) -> bool:
         """Whether a read that waits has nothing to wait for, since it drains."""
-        return not self.bytes_buffered and self._connection.gives_eof_for_drain(
+        return not self._buffered and self._connection.gives_eof_for_drain(
             self._eof_when_draining
         )
 
+    def _be_told(self) -> None:
+        """
+        Have the kernel tell of input also in the handler's first step: who asks what
+        has come may turn the reactor (``reactor.iterate()``) until something has.
+        """
+        self.is_told = True
+        # Of the connection that has said that it is not told yet.
+        cast(Any, self._connection).go_on_reading()
+
     # The buffer.
+
+    @property
+    def _buffered(self) -> int:
+        return len(self._data) - self._position
 
     def _refuse(self) -> None:
         if self._wake_at:
@@ -421,7 +446,7 @@ class Reader:
         if read_first is not None:
             self.read_first = None
             read_first()
-            if self.has_eof or self.bytes_buffered >= self._wake_at:
+            if self.has_eof or self._buffered >= self._wake_at:
                 self._wake_at = 0
                 return
         waiter = self._suspension
@@ -435,7 +460,7 @@ class Reader:
         except BaseException:
             self._suspension = None  # Whoever waited for it may still hold it.
             self._waiter = None
-            if self.bytes_buffered >= self._limit:
+            if self._buffered >= self._limit:
                 self._pause()
             raise
         finally:
@@ -464,7 +489,7 @@ class Reader:
         else:
             self._position = position = position + n
             taken = data[position - n : position]
-        if self._is_paused and self.bytes_buffered < self._limit:
+        if self._is_paused and self._buffered < self._limit:
             self._resume()
         return taken  # type: ignore[no-any-return]
 

@@ -54,6 +54,9 @@ class Replies:
     def __init__(self, owner: Any) -> None:
         self.reactor = owner.reactor
         self.clock = owner.clock
+        # As they are now: of what can be changed a last word uses keepalive, for which
+        # the owner is asked, and no other that is not replaced here. What comes in is
+        # discarded, and its handler waits for nothing.
         self.settings: Settings = replace(
             owner.settings, flush_timeout=REPLY_TIMEOUT, buffer_age_limit=None
         )

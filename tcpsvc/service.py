@@ -101,7 +101,9 @@ class TcpService(Service):
         self._make_factory = partial(
             make_factory, handler, on_handler_error=on_handler_error
         )
-        self._make_factory(**options)  # What is wrong is said now, not at the start.
+        # What is wrong is said now, not at the start.
+        factory = self._make_factory(**options)
+        factory.check_limits_at(place.address for place in places)
         self._bound: Event | None = None
         self._listening: Deferred[Any] | None = None
         #: What drains, at this stop or an earlier one, and when that is over.

@@ -17,6 +17,7 @@ from tcpsvc.kernel import (
     has_eof,
     output_state,
     taken,
+    taken_at_end,
     traffic,
 )
 from tcpsvc.reasons import Reason
@@ -81,6 +82,9 @@ class SockConnection(Connection[AddressT]):
 
     def _bytes(self) -> Bytes:
         return taken(self._socket)
+
+    def _bytes_at_end(self) -> Bytes:
+        return taken_at_end(self._socket)
 
     def handler_ended(self, failure: Failure | None) -> None:
         """The handler has finished: with its socket at EOF, or not."""

@@ -298,7 +298,9 @@ class StreamConnection(Connection[AddressT]):
             self.resume_reading()
         elif self._chunks is None and not self._reading_paused:
             self._base.begin_reading()
-            self.reader.read_first = self._base.read_first
+            reader = self.reader
+            reader.read_first = self._base.read_first
+            reader.is_told = False
         self._start(self._handler, self.peer, self.reader, self.writer)
         if self._chunks is None:
             self._base.end_first_step()
@@ -346,7 +348,7 @@ class StreamConnection(Connection[AddressT]):
         return None if self.is_socket_closed else self._socket
 
     def _bytes(self) -> Bytes:
-        return self.reader.bytes_read, self.writer.bytes_taken
+        return self.reader.bytes_arrived, self.writer.bytes_taken
 
     @property
     def bytes_waiting(self) -> int:
@@ -387,6 +389,11 @@ class StreamConnection(Connection[AddressT]):
         if self._reading_paused and not self._is_held and self._is_readable():
             self._reading_paused = False
             self.transport.resumeProducing()
+
+    def go_on_reading(self) -> None:
+        """Have the kernel tell of input in the handler's first step already."""
+        if self._chunks is None and self._base is not None:
+            self._base.go_on_reading()
 
     def close_by_reader(self) -> None:
         """The handler's own ``reader.close()``."""

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.error import CannotListenError
 from twisted.python import usage
 from twisted.python.failure import Failure
@@ -427,6 +428,12 @@ def _service(options: Options) -> TcpService:
                 f"--factory {options['factory']}: it is a coroutine function, not one "
                 "that returns an IProtocolFactory"
             )
+    limits = tap_limits.limits_of(options)
+    places = options.places()
+    if options["kind"] == "sock-handler" and all(
+        isinstance(place.address, UNIXAddress) for place in places
+    ):
+        tap_limits.without_defaults(limits)
     common: dict[str, Any] = {
         "on_handler_error": tcpsvc.log_error
         if options["on-handler-error"] == "log"
@@ -438,7 +445,7 @@ def _service(options: Options) -> TcpService:
         "max_accepts_per_batch": options["max-accepts-per-batch"],
         "drop_incoming_connections": bool(options["drop-incoming"]),
         "engine": options["engine"],
-        **tap_limits.limits_of(options),
+        **limits,
         "on_exhaustion": options["on-exhaustion"],
     }
     if options["backlog"] is not None:
@@ -446,5 +453,5 @@ def _service(options: Options) -> TcpService:
     if options["kind"] == "handler":
         common["buffer_age_limit"] = options["buffer-age-limit"]
         common["eof_on_drain"] = bool(options["eof-on-drain"])
-    service: TcpService = make(options.places(), handler, **common)
+    service: TcpService = make(places, handler, **common)
     return service

@@ -202,6 +202,12 @@ COMPLETIONS = {
     "dry-run": usage.CompleteMultiList(list(_DRY_RUN)),
 }
 
+#: The defaults that there are.
+_DEFAULTS = {
+    "first_byte_timeout": FIRST_BYTE_TIMEOUT,
+    "idle_timeout": IDLE_TIMEOUT,
+}
+
 _NAMES = [str(parameter[0]) for parameter in PARAMETERS]
 
 
@@ -218,3 +224,13 @@ def limits_of(options: Any) -> dict[str, Any]:
     found["allow"] = options["allow"] or None
     found["deny"] = options["deny"]
     return found
+
+
+def without_defaults(found: dict[str, Any]) -> None:
+    """
+    Have none of the defaults, where nobody knows what connections move. What was typed
+    stays, to be refused.
+    """
+    for name, default in _DEFAULTS.items():
+        if found[name] is default:  # What is typed is a number of its own.
+            found[name] = None

@@ -19,6 +19,9 @@ from tcpsvc.sweeper import INTERVAL, SHORTEST_INTERVAL
 #: The names of the options.
 TIMEOUTS = ("first_byte_timeout", "idle_timeout", "handler_timeout", "lifetime")
 
+#: Those of them, and what else, that are about the bytes that are moved.
+OF_TRAFFIC = ("first_byte_timeout", "idle_timeout", "min_throughput")
+
 
 #: How late a sweep may be, in seconds, without another one being waited for.
 LATENESS = 0.02

@@ -51,6 +51,10 @@ class Traffic:
         """As :meth:`_bytes`, for whom only changes matter."""
         return self._bytes()
 
+    def _bytes_at_end(self) -> Bytes:
+        """As :meth:`_bytes`, of a socket that is to be closed, or is."""
+        return self._bytes()
+
     @property
     def bytes_waiting(self) -> int:
         """Bytes that wait to be sent, as far as is known."""
@@ -143,5 +147,5 @@ class Traffic:
         before = self._at_end
         self._at_end = (
             float(self._factory.clock.seconds() - self._accepted_at),
-            self._bytes() if before is None else before[1],
+            self._bytes_at_end() if before is None else before[1],
         )

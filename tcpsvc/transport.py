@@ -154,6 +154,9 @@ class _Telling(Watched):
     def read_first(self) -> None:
         """The reactor does."""
 
+    def go_on_reading(self) -> None:
+        """It does."""
+
     def end_first_step(self) -> None:
         """There is nothing to make good."""
 

@@ -15,13 +15,14 @@ _WILDCARDS = ("", "0.0.0.0", "::")
 
 class Whereabouts:
     """
+    :ivar addresses: returns all of them.
     :ivar has_one_address: whether it is known, and one place.
     :ivar is_anywhere: whether connections may have another own address than the
         listener's.
     """
 
     def __init__(self) -> None:
-        self._addresses: Callable[[], Sequence[object]] = tuple
+        self.addresses: Callable[[], Sequence[object]] = tuple
         self.has_one_address = False
         self.is_anywhere = True
 
@@ -31,13 +32,13 @@ class Whereabouts:
 
         :param addresses: returns all of the addresses.
         """
-        self._addresses = addresses
+        self.addresses = addresses
         self.has_one_address = len(addresses()) == 1
         self.is_anywhere = getattr(self.listening_on(), "host", "") in _WILDCARDS
 
     def listening_on(self) -> Any:
         """The listening address, where it is known and there is no other."""
-        return self._addresses()[0] if self.has_one_address else None
+        return self.addresses()[0] if self.has_one_address else None
 
     def __str__(self) -> str:
-        return addresses_text(self._addresses()) or "a server"
+        return addresses_text(self.addresses()) or "a server"

@@ -83,6 +83,9 @@ class Written(Protocol):
     def watch(self) -> float:
         """Look at the writer's age about once a second. Returns the time."""
 
+    def go_on_reading(self) -> None:
+        """Have the kernel tell of input, if it does not yet."""
+
     def close_by_writer(self) -> None:
         """The writer was closed by its own ``close``."""
 
@@ -237,6 +240,7 @@ class Writer:
         :returns: a Deferred that fires when the connection's socket is closed,
             by whomever. It closes nothing itself.
         """
+        self._connection.go_on_reading()
         return self._connection.when_socket_closed.wait()
 
     @property
@@ -286,6 +290,7 @@ class Writer:
             or a failed send, is seen. Not at its FIN, which says only that it
             sends no more.
         """
+        self._connection.go_on_reading()
         if self._consumer_left is None:
             self._consumer_left = Event()
             if self._has_consumer_left:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
+import struct
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -13,7 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface.verify import verifyObject
 
-from tcpsvc import ConnectionSnapshot, IConnection, Observer, Reason, Server
+from tcpsvc import ConnectionSnapshot, IConnection, Observer, Reason, Server, kernel
 from tcpsvc.testing import MemoryServer
 from tests.anywhere import CREATE, Handlers, everywhere
 from tests.support import in_thread, the_reactor, turn, until
@@ -523,6 +525,79 @@ async def test_a_fin_is_no_byte(scene: Any, kind: str) -> None:
         await turn(0.003)
         snapshot = s.connection.snapshot()
         assert (snapshot.bytes_in, snapshot.bytes_out) == (4, 7)
+
+
+@pytest.mark.parametrize("kind", ["protocol", "sock"])
+@pytest.mark.parametrize(
+    "way", ["reset", "reset, read", "fin, reset", "own fin, reset", "own, fin"]
+)
+@ensureDeferred
+async def test_bytes_are_exact_however_the_client_has_ended(
+    scene: Any, kind: str, way: str
+) -> None:
+    """A reset is no byte, and comes after a FIN of either side or after none."""
+    seen: list[Any] = []
+
+    class Final(Observer):
+        def connection_finished(self, connection: Any) -> None:
+            seen.append((connection.bytes_in, connection.bytes_out))
+
+    s = await scene(kind, observer=Final())
+    given = s.handlers.started[0]
+    connected = given if kind == "sock" else given.transport.getHandle()
+    await s.send(b"four")
+    await turn()
+    if way == "fin, reset" and kind == "protocol":
+        given.transport.pauseProducing()  # Or else the FIN is its end.
+    if kind == "sock" and way != "reset":
+        assert given.recv(100) == b"four"
+    s.write(b"seven..")
+    assert await in_thread(s.client.read, 7) == b"seven.."
+    if way.startswith("own"):
+        if kind == "sock":
+            given.shutdown(socket.SHUT_WR)
+        else:
+            given.transport.loseWriteConnection()
+        assert await in_thread(s.client.read, 1) == b""
+    if "fin" in way.split(", "):
+        s.client.shut()
+    if "reset" in way:
+        s.client.reset()
+    if way == "fin, reset" and kind == "protocol":
+        given.transport.resumeProducing()
+    if kind == "sock":
+        closed = 7  # TCP_CLOSE
+        option = socket.IPPROTO_TCP, socket.TCP_INFO, 1
+        await until(lambda: connected.getsockopt(*option)[0] == closed)
+        if way == "reset, read":
+            with pytest.raises(ConnectionResetError):
+                given.recv(1)
+        s.handlers.end.callback(None)
+    await until(lambda: s.is_over)
+    assert seen == [(4, 7)]
+
+
+def test_a_kernel_that_does_not_tell_of_fins_is_believed(monkeypatch: Any) -> None:
+    """Before Linux 4.18 and 4.19 a reset may cost a byte, or add one."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client = socket.create_connection(listening.getsockname())
+        connected, _ = listening.accept()
+    with connected:
+        client.sendall(b"four")
+        assert connected.recv(4) == b"four"
+        connected.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        poll = select.poll()
+        poll.register(connected, 0)
+        assert poll.poll(10_000) == [
+            (connected.fileno(), select.POLLHUP | select.POLLERR)
+        ]
+        assert kernel.taken_at_end(connected) == (4, 0)
+        monkeypatch.setattr(kernel, "_TCP_INQ", 9999)
+        monkeypatch.setattr(kernel, "_TCP_INFO_SIZE_WITH_SENT", 1000)
+        assert kernel.taken_at_end(connected) == (3, 1)
 
 
 @ensureDeferred

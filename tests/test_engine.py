@@ -242,6 +242,28 @@ async def test_a_write_outside_any_turn_reaches_the_client(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("end", ["loseConnection", "loseWriteConnection"])
+async def test_what_a_flush_has_said_last_is_sent_before_the_transport_is_closed(
+    serve: Any, connect: Any, end: str
+) -> None:
+    """As by Twisted's: whoever waits for a flush may write more, and then close it."""
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        await reader.readline()
+        writer.write(b"one ")
+        await writer.flushed()
+        writer.write(b"two")
+        getattr(writer.transport, end)()
+        await reader.read()
+
+    server = await serve(handler)
+    client = connect(server)
+    await all_wait(server, 1)
+    client.send(b"line\n")
+    assert await in_thread(client.read_all) == b"one two"
+
+
+@ensureDeferred
 async def test_a_handler_that_a_deferred_resumes_reaches_its_client(
     serve: Any, connect: Any
 ) -> None:
@@ -664,6 +686,32 @@ def test_who_is_left_for_the_next_turn_has_no_heir(
     for _ in ones:
         sub.doRead()
     assert set(served) == set(ones) - {closed}
+    heir.far.send(b"x")
+    sub.doRead()
+    assert served[-1] == "heir"
+
+
+def test_who_is_closed_in_a_turn_that_does_not_reach_it_has_no_heir(
+    stage: Any, monkeypatch: Any
+) -> None:
+    """As one that is closed after it."""
+    sub, make, served = stage
+    ones = twelve_that_take_long(make, monkeypatch)
+    take_long = ones["0"].then
+
+    def close() -> None:
+        take_long()
+        sub.remove(ones["11"])
+
+    ones["0"].then = close
+    sub.doRead()
+    assert "0" in served
+    assert "11" not in served
+    ones["0"].then = take_long
+    heir = make("heir", ones["11"].successor(), ready=False)
+    for _ in ones:
+        sub.doRead()
+    assert set(served) == set(ones) - {"11"}
     heir.far.send(b"x")
     sub.doRead()
     assert served[-1] == "heir"

@@ -41,6 +41,14 @@ def group() -> SubReactor:
     return SubReactor.of(the_reactor())
 
 
+def one_that_can_be_turned() -> Any:
+    """The reactor, if a handler can call its ``iterate``."""
+    reactor = the_reactor()
+    if hasattr(reactor, "_asyncioEventloop"):
+        pytest.skip("asyncio's loop cannot be turned from within")
+    return reactor
+
+
 class Watching:
     """A handler that notes after each line whether the kernel was to tell of more."""
 
@@ -459,6 +467,7 @@ async def test_a_first_step_that_turns_the_reactor_has_sent_what_it_wrote(
     serve: Any, connect: Any
 ) -> None:
     """Its own end may be far: within it another starts that does the same."""
+    reactor = one_that_can_be_turned()
     clients: list[Any] = []
     greeted: set[int] = set()
 
@@ -476,7 +485,7 @@ async def test_a_first_step_that_turns_the_reactor_has_sent_what_it_wrote(
         turns = 0
         while number not in greeted and turns < 500:
             turns += 1
-            the_reactor().iterate(0.01)
+            reactor.iterate(0.01)
         writer.write(b"world" if number in greeted else b"too late")
 
     server = await serve(handler)
@@ -516,3 +525,104 @@ async def test_a_producer_that_fails_in_a_first_step_keeps_nobody_from_starting(
     assert started == [0, 1]
     (failed,) = logs.take(LogLevel.critical)
     assert "no more" in str(failed["log_failure"].value)
+
+
+# Who turns the reactor before the first wait is told of what comes, too.
+
+
+def bytes_buffered(reader: Any, _: Any) -> Callable[[], bool]:
+    """Nine or ten bytes have come."""
+    return lambda: reader.bytes_buffered >= 9
+
+
+def bytes_read(reader: Any, _: Any) -> Callable[[], bool]:
+    """Ten have."""
+    return lambda: reader.bytes_read == 10
+
+
+def at_eof(reader: Any, _: Any) -> Callable[[], bool]:
+    """The client has ended its side."""
+    return lambda: reader.at_eof() or reader.has_eof  # With some unread.
+
+
+def consumer_left(_: Any, writer: Any) -> Callable[[], bool]:
+    """It has reset the connection."""
+    left = writer.consumer_left()
+    return lambda: left.called
+
+
+def close_finished(_: Any, writer: Any) -> Callable[[], bool]:
+    """That has closed it."""
+    closed = writer.close_finished()
+    return lambda: closed.called
+
+
+@ensureDeferred
+@pytest.mark.parametrize("has_read", [False, True])
+@pytest.mark.parametrize(
+    "what", [bytes_buffered, bytes_read, at_eof, consumer_left, close_finished]
+)
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_who_turns_the_reactor_in_the_first_step_is_told_of_what_comes(
+    serve: Any, connect: Any, engine: str, what: Any, has_read: bool
+) -> None:
+    """By both engines alike: before it has read anything, and after a first read."""
+    reactor = one_that_can_be_turned()
+    done: list[bool] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        if has_read:
+            assert await reader.read(0) == b""
+            assert await reader.read(1) == b"1"
+        is_done = what(reader, writer)
+        reactor.callLater(0, talk)
+        give_up = reactor.seconds() + 2
+        while not is_done() and reactor.seconds() < give_up:
+            reactor.iterate(0.01)
+        done.append(is_done())
+
+    def talk() -> None:
+        client.send(b"67890")
+        if what in (consumer_left, close_finished):
+            client.reset()
+        elif what is at_eof:
+            client.shut()
+
+    server = await serve(handle, engine=engine)
+    client = connect(server)
+    client.send(b"12345")
+    await until(lambda: done)
+    assert done == [True]
+
+
+@ensureDeferred
+async def test_who_turns_the_reactor_for_an_answer_has_asked(
+    serve: Any, connect: Any
+) -> None:
+    """Each time: nothing else may happen that would make the engine send."""
+    reactor = one_that_can_be_turned()
+    answers: list[int] = []
+    clients: list[Any] = []
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        for asked in range(1, 4):
+            writer.write(b"?")
+            turns = 0
+            while reader.bytes_buffered < asked and turns < 200:
+                turns += 1
+                reactor.iterate(0.01)
+                answer()
+            answers.append(reader.bytes_buffered)
+
+    def answer() -> None:
+        """The client's part, without a thread whose end would wake the reactor."""
+        try:
+            clients[0].socket.send(b"!" * len(clients[0].socket.recv(100)))
+        except BlockingIOError:
+            pass
+
+    server = await serve(handler)
+    clients.append(connect(server))
+    clients[0].socket.setblocking(False)
+    await until(lambda: len(answers) == 3)
+    assert answers == [1, 2, 3]

@@ -620,6 +620,28 @@ async def test_keepalive_and_buffer_sizes_are_of_new_connections(
     assert [of(w) for w in handlers.started] == [(0, 131072, 131072), (1, 7, 8)]
 
 
+@ensureDeferred
+async def test_keepalive_is_of_last_words_too(serve: Any, connect: Any) -> None:
+    """N6: of all that can be changed it alone concerns them."""
+    server = await serve(Handlers().stream, max_connections=1, overflow=Reply(b"full"))
+    connect(server)
+    await until(lambda: server.num_connections == 1)
+    kept_alive: list[int] = []
+    replies = server._factory.replies
+    connected = replies.connected
+
+    def look(connection: Any) -> None:
+        option = socket.SOL_SOCKET, socket.SO_KEEPALIVE
+        kept_alive.append(connection._socket.getsockopt(*option))
+        connected(connection)
+
+    replies.connected = look
+    assert await in_thread(connect(server).read_all) == b"full"
+    server.change(keepalive=True)
+    assert await in_thread(connect(server).read_all) == b"full"
+    assert kept_alive == [0, 1]
+
+
 def test_the_age_limit_and_the_flush_timeout_are_of_live_connections_too() -> None:
     """The one at the next look, the other at the next close."""
     handlers = Handlers(reads=False)

@@ -26,7 +26,7 @@ from tcpsvc import (
     TcpService,
     WhereToListen,
 )
-from tests.kinds import OtherEndpoint, Seen, Staying
+from tests.kinds import KINDS, OtherEndpoint, Seen, Staying, place
 from tests.support import (
     LOOPBACK,
     Client,
@@ -788,6 +788,49 @@ async def test_a_pause_from_within_an_accept_ends_the_batch(
                 await in_thread(client.read_all)
         connect(server)
         await until(lambda: len(made) == 3)
+
+
+@ensureDeferred
+@pytest.mark.parametrize(
+    ("kind", "at", "how"),
+    [
+        ("stream", "tcp", "hold"),
+        ("stream", "tcp", "refuse"),
+        ("stream", "ungated", "hold"),
+        ("sock", "tcp", "hold"),
+    ],
+)
+async def test_who_was_accepted_gets_the_slot_of_one_whose_eviction_pauses(
+    serve: Any, connect: Any, tmp_path: Path, kind: str, at: str, how: str
+) -> None:
+    """Z1, N1: its accept is what the eviction was for, so it came before the pause."""
+    started: list[Any] = []
+
+    async def handle(address: Any, *_: Any) -> None:
+        started.append(address)
+        try:
+            await Deferred()
+        finally:
+            if len(started) == 1:
+                server.pause(how)
+
+    server = await serve(
+        handle,
+        where=place(at, tmp_path),
+        create=KINDS[kind].create,
+        max_connections=1,
+        overflow="evict",
+    )
+    connect(server)
+    await until(lambda: started)
+    connect(server)
+    await until(lambda: len(started) == 2)
+    assert server.is_paused == how
+    if how == "hold":
+        connect(server)
+        await settle()
+        assert len(started) == 2
+        assert server.num_connections == 1
 
 
 @ensureDeferred

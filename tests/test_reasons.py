@@ -292,7 +292,20 @@ SCENARIOS: list[Scenario] = [
     (Reason.IDLE, is_idle, {"idle_timeout": 5}, "stream protocol", ANYWHERE),
     (Reason.IDLE, is_idle, {"idle_timeout": 5}, "sock", "tcp"),
     (Reason.HANDLER_TIMEOUT, time_passes, {"handler_timeout": 5}, ALL, ANYWHERE),
-    (Reason.LIFETIME, time_passes, {"lifetime": 5, "idle_timeout": 5}, ALL, ANYWHERE),
+    (
+        Reason.LIFETIME,
+        time_passes,
+        {"lifetime": 5, "idle_timeout": 5},
+        "stream protocol",
+        ANYWHERE,
+    ),
+    (
+        Reason.LIFETIME,
+        time_passes,
+        {"lifetime": 5, "handler_timeout": 5},
+        ALL,
+        ANYWHERE,
+    ),
     (
         Reason.SLOW,
         is_slow,

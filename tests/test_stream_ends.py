@@ -12,16 +12,18 @@ import gc
 import socket
 import termios
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
 from twisted.internet.defer import Deferred
 
-from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, WhereToListen
+from tcpsvc import BufferAgeLimitExceeded, ConnectionGone, Reason, WhereToListen
 from tcpsvc.stream_connection import StreamConnection
+from tests.kinds import place
 from tests.streams import Held, ended, outcome
-from tests.support import in_thread, turn, until
+from tests.support import in_thread, settle, turn, until
 
 #: More than the kernel takes of a client that does not read.
 MUCH = b"x" * 20_000_000
@@ -169,6 +171,45 @@ async def test_after_write_eof_reads_go_on(scene: Any) -> None:
     s.client.send(b"still more")
     s.client.shut()
     assert await s.reader.read() == b"still more"
+
+
+@ensureDeferred
+@pytest.mark.parametrize("by", ["its own", "another"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_an_answer_and_write_eof_in_one_turn_leave_the_read_side_open(
+    serve: Any, connect: Any, tmp_path: Path, kind: str, by: str
+) -> None:
+    """S8, own write_eof(): reads go on, whichever handler has said it."""
+    writers: list[Any] = []
+    rest: list[bytes] = []
+    left: list[Any] = []
+
+    async def handle(_: Any, reader: Any, writer: Any) -> None:
+        writers.append(writer)
+        first = writers[0]
+        if by == "its own" or writer is not first:
+            await reader.readline()
+            left.append(outcome(first.consumer_left()))
+            first.write(b"answer")
+            first.write_eof()
+        if writer is first:
+            rest.append(await reader.read())
+
+    server = await serve(handle, where=place(kind, tmp_path))
+    client = connect(server)
+    await until(lambda: writers)
+    asking = client if by == "its own" else connect(server)
+    await settle()  # The handler waits: it goes on in a turn of its own connection.
+    asking.send(b"line\n")
+    assert await in_thread(client.read_all) == b"answer"
+    await settle()
+    assert left == [[]]
+    client.send(b"more")
+    client.shut()
+    await until(lambda: rest)
+    assert rest == [b"more"]
+    await until(lambda: not server.num_connections)
+    assert Reason.RESET.value not in server.describe()["counters"]["ends"]
 
 
 @ensureDeferred

@@ -351,7 +351,9 @@ def made() -> Callable[..., dict[str, Any]]:
 
     def made(*options: str) -> Any:
         parsed = tap.Options()
-        parsed.parseOptions(["--handler=tcpsvc.handlers.discard", *options])
+        if not any(option.startswith("--sock-handler") for option in options):
+            options = ("--handler=tcpsvc.handlers.discard", *options)
+        parsed.parseOptions(options)
         daemon = tap.makeService(parsed)
         try:
             (service,) = daemon.services_of_tcp()
@@ -362,6 +364,24 @@ def made() -> Callable[..., dict[str, Any]]:
             atexit.unregister(daemon.abandon)
 
     return made
+
+
+def test_no_default_is_of_what_nobody_knows(made: Any, tmp_path: Path) -> None:
+    """T1: a UNIX socket that a handler has; what is typed for it is an error."""
+
+    def timeouts(*options: str) -> tuple[Any, Any]:
+        set_ = made("--sock-handler=tcpsvc.handlers.echo", *options)["options"]
+        return set_["first_byte_timeout"], set_["idle_timeout"]
+
+    unix = f"--socket={tmp_path / 's'}"
+    assert timeouts("--port=0") == timeouts(unix, "--port=0") == (60.0, 3600.0)
+    assert timeouts(unix) == (None, None)
+    parsed = tap.Options()
+    parsed.parseOptions(
+        ["--sock-handler=tcpsvc.handlers.echo", unix, "--idle-timeout=3600"]
+    )
+    with pytest.raises(ValueError, match="idle_timeout=3600"):
+        tap._service(parsed)
 
 
 def test_every_option_reaches_the_server(made: Any) -> None:

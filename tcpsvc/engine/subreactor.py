@@ -391,7 +391,8 @@ class SubReactor:
                 if credit < 0:
                     now = monotonic()
                     if now > end:
-                        self._left.update(ready)
+                        # Who was closed meanwhile may have an heir by then.
+                        self._left.update(e for e in ready if e[0] in selectables)
                         if size > LEAST_RECEIVED:
                             self.receive_size = size // 2
                         break

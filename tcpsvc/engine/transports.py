@@ -207,19 +207,34 @@ class _SendsAtOnce(Watched):
         else:
             self.startReading()  # To be told of the end again.
 
+    def go_on_reading(self) -> None:
+        """
+        In the first step already: have the kernel tell of more. Whoever asks may turn
+        the reactor until it does, and the client wait for what was written.
+        """
+        if self._is_in_first_step:
+            self._leave_first_step()
+            if self._tempDataLen:
+                self.wait_for_room()
+        if self._is_to_watch:
+            self.startReading()
+
     def end_first_step(self) -> None:
         """
         Send what was written, and have the kernel tell of more, unless somebody has
         decided that.
         """
         if self._is_in_first_step:
-            self._is_in_first_step = False
-            self._group.served = self._outer
-            self._outer = None
+            self._leave_first_step()
             if self.is_flush_due and not self.dataBuffer:
                 self._group.flush_one(self)
         if self._is_to_watch:
             self.startReading()
+
+    def _leave_first_step(self) -> None:
+        self._is_in_first_step = False
+        self._group.served = self._outer
+        self._outer = None
 
     def startReading(self) -> None:
         self._is_to_watch = False
@@ -397,6 +412,8 @@ class _SendsAtOnce(Watched):
             self._judge()
             if self.watcher is not None:
                 self.watcher.sent()
+                if self.unsent or not self.connected:
+                    return None  # Whoever was told has written more, or closed it.
         if self.producer is not None and (
             not self.streamingProducer or self.producerPaused
         ):
@@ -406,6 +423,9 @@ class _SendsAtOnce(Watched):
             return self._postLoseConnection()
         elif self._writeDisconnecting and not self._writeDisconnected:
             self._writeDisconnected = True
+            # Whoever was told of this flush may have asked for another one, and to
+            # send after this, were it nothing, is an error that loses it.
+            self.stopWriting()
             return self._closeWriteConnection()
         return None
 
