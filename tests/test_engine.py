@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import CannotListenError, ConnectionLost
 from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
     IReactorFDSet,
     IReadDescriptor,
     ITCPTransport,
@@ -25,6 +26,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 from twisted.python import log
 from twisted.python.failure import Failure
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from tcpsvc import LOCALHOST, Server, WhereToListen
@@ -328,6 +330,49 @@ async def test_what_is_written_after_an_abort_is_not_sent(
     client.send(b"x")
     with pytest.raises(ConnectionResetError):
         await in_thread(client.read, 1)
+
+
+@implementer(IHalfCloseableProtocol)
+class HalfCloseable(Protocol):
+    """Notes what it hears of ends."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def readConnectionLost(self) -> None:
+        self.heard.append("read side")
+
+    def writeConnectionLost(self) -> None:
+        self.heard.append("write side")
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.heard.append(reason.type.__name__)
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_a_half_closeable_protocol_that_answers_and_closes_is_closed(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """Its own close is no end of the client's side."""
+    made: list[HalfCloseable] = []
+
+    class Once(HalfCloseable):
+        def dataReceived(self, data: bytes) -> None:
+            made.append(self)
+            self.transport.write(data)
+            self.transport.loseConnection()
+
+    server = await serve(
+        Factory.forProtocol(Once), create=Server.create_protocol, engine=engine
+    )
+    client = connect(server)
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
+    assert made[0].heard == ["ConnectionDone"]
 
 
 # A batch of connections that are ready.

@@ -387,7 +387,9 @@ class SubReactor:
                     except BaseException:
                         why = self._raised(selectable)
                     if why is not None:
-                        self._disconnect(selectable, why, is_read=True)
+                        # It is the client's end only when nothing was read: what
+                        # was may have been answered with an end of our own.
+                        self._disconnect(selectable, why, is_read=not data)
                 if due:
                     self._flush(due)
                 if credit < 0:
