@@ -489,6 +489,43 @@ async def test_a_thousand_that_are_ready_at_once_are_answered(
     assert group().turn > before
 
 
+@ensureDeferred
+async def test_who_ends_while_others_are_flushed_has_all_sent(
+    serve: Any, connect: Any
+) -> None:
+    """
+    One's flush resumes the handler of another, which was to be flushed next and ends:
+    what the kernel has not taken of it waits, and then it is closed.
+    """
+    size = 8_000_000
+    writers: dict[bytes, Any] = {}
+    goes_on: Deferred[None] = Deferred()
+    ends: Deferred[None] = Deferred()
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        name = await reader.read(1)
+        writers[name] = writer
+        if name == b"1":
+            await goes_on
+            await writer.flushed()
+            ends.callback(None)
+        elif name == b"2":
+            await ends
+            writer.transport.loseConnection()
+        else:
+            writers[b"1"].write(b"x")
+            goes_on.callback(None)
+            writers[b"2"].write(bytes(size))
+
+    server = await serve(handler)
+    clients = [connect(server) for _ in range(3)]
+    await all_wait(server, 3)
+    for n, client in enumerate(clients):
+        client.send(b"%d" % (n + 1))
+        await until(lambda n=n: len(writers) == n + 1)
+    assert len(await in_thread(clients[1].read_all)) == size
+
+
 # The sub-reactor on its own, with what it needs of a reactor and of transports.
 
 

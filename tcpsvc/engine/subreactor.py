@@ -487,7 +487,11 @@ class SubReactor:
         due.clear()
         for transport in flushed:
             if transport.is_flush_due:
-                self._flush_one(transport)
+                if transport.dataBuffer:
+                    # One before has ended it: it was flushed, and has to wait.
+                    transport.wait_for_room()
+                else:
+                    self._flush_one(transport)
         if due:
             self._flush_later()
 
