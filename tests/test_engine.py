@@ -526,6 +526,27 @@ async def test_who_ends_while_others_are_flushed_has_all_sent(
     assert len(await in_thread(clients[1].read_all)) == size
 
 
+@ensureDeferred
+async def test_a_handler_that_ends_its_transport_has_not_lost_its_client(
+    serve: Any, connect: Any
+) -> None:
+    """S4: ``consumer_left`` is of resets, and of sends that fail."""
+    left: list[None] = []
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        writer.consumer_left().addCallback(left.append)
+        writer.write(await reader.read(5))
+        writer.transport.loseConnection()
+
+    server = await serve(handler)
+    client = connect(server)
+    await all_wait(server, 1)
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
+    assert left == []
+
+
 # The sub-reactor on its own, with what it needs of a reactor and of transports.
 
 

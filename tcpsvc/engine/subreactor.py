@@ -72,6 +72,13 @@ _DONE = Failure(CONNECTION_DONE)
 _LOST = Failure(CONNECTION_LOST)
 
 
+def reason_of(why: Any) -> Failure:
+    """Why a connection is lost, as it is told, of what a read or a flush returned."""
+    if isinstance(why, ConnectionDone):
+        return _DONE
+    return _LOST if why is CONNECTION_LOST else Failure(why)
+
+
 class _LogContext(dict[str, Any]):
     """
     What legacy log lines are marked with: whoever is being served when one is
@@ -460,10 +467,7 @@ class SubReactor:
         return failure.value
 
     def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
-        if isinstance(why, ConnectionDone):
-            reason = _DONE
-        else:
-            reason = _LOST if why is CONNECTION_LOST else Failure(why)
+        reason = reason_of(why)
         if is_read and reason is _DONE:
             self.removeReader(selectable)
             try:

@@ -33,10 +33,8 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
 from tcpsvc.addresses import ipv4_address
-from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor
+from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor, reason_of
 from tcpsvc.transport import NO_ROOM, Counted, Watched
-
-_LOST = Failure(CONNECTION_LOST)
 
 
 class _BelowTLS:
@@ -323,7 +321,7 @@ class _SendsAtOnce(Watched):
         if self._tempDataLen and not self.dataBuffer:
             why = self.flush()
             if why is not None:
-                self.connectionLost(_LOST)
+                self.connectionLost(reason_of(why))
         return not (self.dataBuffer or self._tempDataLen)
 
     def startWriting(self) -> None:
