@@ -547,6 +547,46 @@ async def test_a_handler_that_ends_its_transport_has_not_lost_its_client(
     assert left == []
 
 
+@ensureDeferred
+@pytest.mark.parametrize("method", ["loseWriteConnection", "sendFileDescriptor"])
+async def test_who_is_used_after_its_end_costs_nobody_theirs(
+    serve: Any, connect: Any, tmp_path: Any, method: str
+) -> None:
+    """One is found to be gone when it is flushed in another's turn."""
+    made: list[Any] = []
+
+    class Clumsy(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            made.append(self)
+            if self is made[0]:
+                self.transport.pauseProducing()
+
+        def dataReceived(self, data: bytes) -> None:
+            made[0].transport.write(data)
+            self.transport.write(data)
+
+        def connectionLost(self, reason: Any = None) -> None:
+            if self is made[0]:
+                getattr(self.transport, method)(*[0] * (method[0] == "s"))
+
+    server = await serve(
+        Factory.forProtocol(Clumsy),
+        create=Server.create_protocol,
+        where=WhereToListen.of_file(tmp_path / "s"),
+    )
+    clients = []
+    for n in range(3):
+        clients.append(connect(server))
+        await until(lambda n=n: len(made) == n + 1)
+    clients[0].socket.close()
+    for client in clients[1:]:
+        client.send(b"x")
+        assert await in_thread(client.read, 1) == b"x"
+    assert server.num_connections == 2
+
+
 # The sub-reactor on its own, with what it needs of a reactor and of transports.
 
 

@@ -268,7 +268,7 @@ class _SendsAtOnce(Watched):
 
     def _flush_soon(self) -> None:
         """Something was written, or is to end, and nothing is on its way."""
-        if self._aborting:
+        if self._aborting or not self.connected:
             return
         self.is_flush_due = True
         group = self._group
