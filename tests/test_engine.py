@@ -838,9 +838,50 @@ def test_who_comes_in_a_turn_can_leave_in_it(stage: Any) -> None:
     assert sub.getReaders() == [one]
 
 
-def test_one_that_raises_is_lost_alone(stage: Any, logs: Logs) -> None:
+def test_a_turn_within_a_turn_serves_whoever_is_ready(stage: Any) -> None:
+    """
+    A handler that calls ``reactor.iterate()`` until others were served: those who have
+    come since its own turn began too, and each once.
+    """
+    sub, make, served = stage
+    one, two = make("one"), make("two")
+
+    def iterate() -> None:
+        one.then = two.then = lambda: None
+        make("late")
+        sub.doRead()
+        assert sorted(served) == ["late", "one", "two"]
+
+    one.then = two.then = iterate
+    for _ in range(3):
+        sub.doRead()
+    assert sorted(served) == ["late", "one", "two"]
+
+
+def test_a_turn_within_a_turn_may_be_too_long(stage: Any, monkeypatch: Any) -> None:
+    """Who is left for the next turn is served there, whichever that is."""
+    sub, make, served = stage
+    ones = twelve_that_take_long(make, monkeypatch)
+    take_long = ones["0"].then
+
+    def iterate() -> None:
+        take_long()
+        sub.doRead()
+
+    for one in ones.values():
+        one.then = iterate
+    for _ in ones:
+        sub.doRead()
+    assert sorted(served, key=int) == list(ones)
+
+
+def test_one_that_raises_is_lost_alone(
+    stage: Any, logs: Logs, monkeypatch: Any
+) -> None:
     """The others of the batch are served; the error is logged."""
     sub, make, served = stage
+    # To log takes longer than a turn on a loaded machine.
+    monkeypatch.setattr(subreactor, "monotonic", lambda: 0.0)
     bad, good = make("bad"), make("good")
 
     def fail() -> None:

@@ -25,6 +25,7 @@ How a turn goes::
 from __future__ import annotations
 
 import select
+from collections.abc import Iterator
 from time import monotonic
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -141,6 +142,8 @@ class SubReactor:
         self._interests: dict[int, int] = {}
         #: Who came in the course of a turn.
         self._late: dict[int, Any] = {}
+        #: Ready, and not served yet in this turn.
+        self._ready: Iterator[tuple[int, int]] = iter(())
         #: Ready, and not served yet when the last turn was over.
         self._left: dict[int, int] = {}
         self._stays = 0
@@ -345,8 +348,8 @@ class SubReactor:
             events = self._poller.poll(0, MOST_EVENTS)
         is_nested = self.is_serving  # A handler has called reactor.iterate().
         outer = self.served
-        if is_nested and outer is not None and outer.is_flush_due:
-            outer.wait_for_room()  # Its own flush comes after this turn.
+        if is_nested:
+            self._end_outer(outer)
         self.is_serving = True
         self.turn += 1
         if self.turn > self._rests_until:
@@ -357,7 +360,7 @@ class SubReactor:
         credit = self._credit
         looked_at = monotonic()
         end = looked_at + TURN
-        ready = iter(events)
+        ready = self._ready = iter(events)
         try:
             for fd, event in ready:
                 selectable = selectables.get(fd)
@@ -416,12 +419,26 @@ class SubReactor:
             self.served = outer
             if due:
                 self._flush_later()
-            if not is_nested:
-                if self._late:
-                    selectables.update(self._late)
-                    self._late.clear()
-                if not self._interests:
-                    self._close_if_idle()
+            if self._late:
+                self._admit_late()
+            if not is_nested and not self._interests:
+                self._close_if_idle()
+
+    def _admit_late(self) -> None:
+        """No event is left that is older than they are."""
+        self._selectables.update(self._late)
+        self._late.clear()
+
+    def _end_outer(self, served: Any) -> None:
+        """
+        A turn begins within another one, which ends with the connection that it
+        serves: the kernel tells of the others again, and of who has come meanwhile.
+        """
+        for _ in self._ready:
+            pass
+        self._admit_late()
+        if served is not None and served.is_flush_due:
+            served.wait_for_room()  # Its own flush comes after this turn.
 
     def _next_credit(self, spent: float) -> int:
         """How much may be done before the clock is looked at again."""
