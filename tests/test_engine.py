@@ -896,6 +896,28 @@ def test_one_that_raises_is_lost_alone(
     assert event["log_failure"].type is Boom
 
 
+def test_who_cannot_be_watched_for_room_is_lost_alone(stage: Any, logs: Logs) -> None:
+    """The kernel may refuse to watch one more: there is a limit per user."""
+    sub, make, served = stage
+    bad, good = make("bad"), make("good")
+
+    def flush() -> None:
+        bad.is_flush_due = True
+        sub.due.append(bad)
+
+    def wait_for_room() -> None:
+        raise OSError(errno.ENOSPC, "no watch")
+
+    bad.then, bad.flush, bad.wait_for_room = flush, flush, wait_for_room  # type: ignore[attr-defined]
+    bad.dataBuffer = b""  # type: ignore[attr-defined]
+    for _ in range(3):
+        sub.doRead()
+    assert {"bad", "good"} == set(served)
+    assert [reason.type for reason in bad.lost] == [OSError]
+    assert good.lost == []
+    assert len(logs.take(LogLevel.critical)) == 1
+
+
 def test_remove_all_returns_whoever_was_watched(stage: Any) -> None:
     """And watches nobody any more."""
     sub, make, served = stage

@@ -438,7 +438,7 @@ class SubReactor:
             pass
         self._admit_late()
         if served is not None and served.is_flush_due:
-            served.wait_for_room()  # Its own flush comes after this turn.
+            self._wait_for_room(served)  # Its own flush comes after this turn.
 
     def _next_credit(self, spent: float) -> int:
         """How much may be done before the clock is looked at again."""
@@ -510,7 +510,7 @@ class SubReactor:
             if transport.is_flush_due:
                 if transport.dataBuffer:
                     # One before has ended it: it was flushed, and has to wait.
-                    transport.wait_for_room()
+                    self._wait_for_room(transport)
                 else:
                     self._flush_one(transport)
         if due:
@@ -527,8 +527,17 @@ class SubReactor:
     def _flush_later(self) -> None:
         for transport in self.due:
             if transport.is_flush_due:
-                transport.wait_for_room()
+                self._wait_for_room(transport)
         self.due.clear()
+
+    def _wait_for_room(self, transport: Any) -> None:
+        # An error that left the turn would cost all connections theirs.
+        try:
+            transport.wait_for_room()
+        except BaseException:
+            why = self._raised(transport)
+            if why is not None:
+                self._disconnect(transport, why, is_read=False)
 
     def __repr__(self) -> str:
         watched = self._everybody()
