@@ -71,6 +71,10 @@ class Watched:
     has_eof = False
     tells_errors = False
 
+    if TYPE_CHECKING:
+        # What the transport classes have that this is mixed into.
+        producer: Any
+
     @property
     def unsent(self) -> int:
         """How many bytes of what was written the kernel has not taken yet."""
@@ -78,7 +82,7 @@ class Watched:
 
     def doWrite(self) -> Any:
         """Send, and tell."""
-        if not self.connected:  # type: ignore[attr-defined]
+        if not self.connected:
             return None  # Closed when it was read, in the same turn.
         why = super().doWrite()  # type: ignore[misc]
         if self.watcher is not None and why is None:
@@ -93,6 +97,20 @@ class Watched:
             self.connectionLost(reason)
         else:
             self._tell_protocol(protocol.readConnectionLost)
+
+    def _end_producing(self) -> None:
+        """
+        No longer connected: tell a producer. What it raises is logged, and keeps
+        neither the socket open nor the protocol from hearing of the end.
+        """
+        self.disconnected = 1
+        self.connected = 0
+        if self.producer is not None:
+            try:
+                self.producer.stopProducing()
+            except BaseException:
+                log.failure("Unhandled Error")
+            self.producer = None
 
     def _closeWriteConnection(self) -> None:
         """All is sent: close the write side."""
@@ -177,11 +195,13 @@ class _Telling(Watched):
 
     def connectionLost(self, reason: Failure) -> None:
         """Tell before, and have the watcher tell the protocol."""
-        watcher = self.watcher
-        if watcher is not None and hasattr(self, "socket"):
-            watcher.losing()
-            protocol = self.protocol  # type: ignore[has-type]
-            self.protocol = _Lost(watcher, protocol)
+        if hasattr(self, "socket"):
+            watcher = self.watcher
+            if watcher is not None:
+                watcher.losing()
+                protocol = self.protocol  # type: ignore[has-type]
+                self.protocol = _Lost(watcher, protocol)
+            self._end_producing()
         super().connectionLost(reason)  # type: ignore[misc]
 
 

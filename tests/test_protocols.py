@@ -201,6 +201,43 @@ async def test_a_connection_whose_make_connection_raised_is_aborted(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("end", ["a FIN", "a reset"])
+async def test_a_producer_that_raises_at_the_end_keeps_no_connection(
+    serve_protocol: Any, connect: Any, logs: Any, end: str
+) -> None:
+    """A5: the error is logged; the protocol hears of the end, and the slot is free."""
+    lost: list[Failure] = []
+
+    class Producer:
+        def resumeProducing(self) -> None:
+            """It has nothing."""
+
+        pauseProducing = resumeProducing
+
+        def stopProducing(self) -> None:
+            raise Boom
+
+    class Producing(Protocol):
+        def connectionMade(self) -> None:
+            self.transport.registerProducer(Producer(), True)
+
+        def connectionLost(self, reason: Failure = None) -> None:  # type: ignore[assignment]
+            lost.append(reason)
+
+    server = await serve_protocol(Producing)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    if end == "a FIN":
+        client.socket.close()
+    else:
+        client.reset()
+    await until(lambda: server.num_connections == 0)
+    assert len(lost) == 1
+    (logged,) = logs.take(LogLevel.critical)
+    assert logged["log_failure"].type is Boom
+
+
+@ensureDeferred
 async def test_only_the_first_error_counts_and_the_later_is_logged(
     serve_protocol: Any, connect: Any, errors: Errors, logs: Any
 ) -> None:

@@ -387,12 +387,7 @@ class _SendsAtOnce(Watched):
         watcher = self.watcher
         if watcher is not None:
             watcher.losing()
-        self.disconnected = 1
-        self.connected = 0
-        producer = self.producer
-        if producer is not None:
-            producer.stopProducing()
-            self.producer = None
+        self._end_producing()
         self.is_flush_due = False
         self._is_plain = False
         self._is_to_watch = False
