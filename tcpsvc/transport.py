@@ -11,13 +11,18 @@ before the socket is closed (S8). The transports of :mod:`tcpsvc.engine` tell a
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from twisted.internet import tcp
-from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet import tcp, unix
+from twisted.internet.interfaces import (
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+)
 from twisted.internet.main import CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -25,6 +30,10 @@ from tcpsvc.log import log
 
 #: Errors of a send that may succeed later.
 NO_ROOM = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS})
+
+
+#: One descriptor of those that come with a message.
+_DESCRIPTOR = struct.Struct("i")
 
 
 class Watcher(Protocol):
@@ -157,6 +166,26 @@ class Counted:
         return sent
 
 
+class TakesDescriptors:
+    """
+    Mixed into a UNIX transport: with one of the descriptors that come in a message its
+    connection may end at once, as Twisted's do not.
+    """
+
+    def _ancillaryLevelSOLSOCKETTypeSCMRIGHTS(self, packed: bytes) -> None:
+        """Pass each on as long as the protocol is there, then close the rest."""
+        if not IFileDescriptorReceiver.providedBy(self.protocol):  # type: ignore[attr-defined]
+            super()._ancillaryLevelSOLSOCKETTypeSCMRIGHTS(packed)  # type: ignore[misc]
+            return
+        for (descriptor,) in _DESCRIPTOR.iter_unpack(packed):
+            if self.connected:  # type: ignore[attr-defined]
+                self.protocol.fileDescriptorReceived(descriptor)  # type: ignore[attr-defined]
+            else:
+                os.close(descriptor)
+        if not self.connected:  # type: ignore[attr-defined]
+            self._dataReceived = lambda data: None
+
+
 class _Telling(Watched):
     """Mixed into a transport that is served by the reactor, as Twisted's are."""
 
@@ -244,6 +273,8 @@ def telling(transport_class: type, is_counted: bool) -> type:
     mixins: tuple[type, ...] = (_Telling, transport_class)
     if transport_class is tcp.Server:
         mixins = (_SendsPlainly, *mixins)
+    elif issubclass(transport_class, unix.Server):
+        mixins = (TakesDescriptors, *mixins)
     if is_counted:
         mixins = (Counted, *mixins)
     return type(f"Telling{transport_class.__name__}", mixins, {})

@@ -704,6 +704,38 @@ async def test_descriptors_reach_a_descriptor_receiver(
 
 
 @ensureDeferred
+async def test_a_descriptor_may_end_the_connection_that_it_came_by(
+    serve_protocol: Any, connect: Any, errors: Errors, tmp_path: Path
+) -> None:
+    """X5: what came with it is closed, and nothing is delivered any more."""
+    received: list[Any] = []
+
+    @implementer(IFileDescriptorReceiver)
+    class Receiver(Protocol):
+        def fileDescriptorReceived(self, descriptor: int) -> None:
+            os.close(descriptor)
+            received.append(descriptor)
+            server.close(close_existing_connections=True)
+
+        def dataReceived(self, data: bytes) -> None:
+            received.append(data)
+
+    server = await serve_protocol(Receiver, where=WhereToListen.of_file(tmp_path / "s"))
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    reading, writing = os.pipe()
+    pair = array.array("i", [reading, writing])
+    client.socket.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pair)])
+    os.close(writing)
+    await until(lambda: server.num_connections == 0)
+    os.set_blocking(reading, False)
+    assert os.read(reading, 1) == b""  # Nobody has the other end.
+    os.close(reading)
+    assert len(received) == 1
+    assert errors.seen == []
+
+
+@ensureDeferred
 async def test_a_protocol_may_start_tls_in_the_middle(
     serve_protocol: Any, connect: Any, errors: Errors, tmp_path: Path
 ) -> None:

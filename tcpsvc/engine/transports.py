@@ -34,7 +34,7 @@ from twisted.python.failure import Failure
 
 from tcpsvc.addresses import ipv4_address
 from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor, reason_of
-from tcpsvc.transport import NO_ROOM, Counted, Watched
+from tcpsvc.transport import NO_ROOM, Counted, TakesDescriptors, Watched
 
 
 class _BelowTLS:
@@ -446,7 +446,7 @@ class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[override]
         return super().getHost()  # type: ignore[no-untyped-call]
 
 
-class UNIXServerTransport(Counted, _SendsAtOnce, unix.Server):  # type: ignore[misc,override]
+class UNIXServerTransport(TakesDescriptors, Counted, _SendsAtOnce, unix.Server):  # type: ignore[override]
     """
     In the place of :class:`twisted.internet.unix.Server`. It reads as Twisted
     does, since descriptors may come with the bytes.
