@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import socket
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from twisted.internet.interfaces import (
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
+from twisted.protocols.basic import FileSender
 from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -373,6 +375,50 @@ async def test_a_half_closeable_protocol_that_answers_and_closes_is_closed(
     assert await in_thread(client.read_all) == b"hello"
     await until(lambda: server.num_connections == 0)
     assert made[0].heard == ["ConnectionDone"]
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_what_a_producer_of_the_transport_still_writes_is_part_of_the_flush(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """H3: the handler has returned in the middle of a file, which is sent."""
+    size = 1_000_000
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        await reader.read(1)
+        FileSender().beginFileTransfer(BytesIO(bytes(size)), writer.transport)
+
+    server = await serve(handler, engine=engine, flush_timeout=2)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    client.send(b"x")
+    assert len(await in_thread(client.read_all)) == size
+    await until(lambda: server.num_connections == 0)
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_who_hears_of_a_flush_may_end_what_was_to_be_half_closed(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """S8: ``reader.close()`` comes before the write side is shut, and is all."""
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        writer.write(await reader.read(5))
+        flushed = writer.flushed()
+        writer.transport.loseWriteConnection()
+        await flushed
+        reader.close()
+
+    server = await serve(handler, engine=engine)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
 
 
 # A batch of connections that are ready.

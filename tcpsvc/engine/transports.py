@@ -308,7 +308,7 @@ class _SendsAtOnce(Watched):
         )
 
     def report_flush(self) -> None:
-        """The watcher is to be told of the next flush, even if it leaves nothing."""
+        """The watcher is to be told of each flush up to one that leaves nothing."""
         self._reports_flush = True
         self._is_plain = False
 
@@ -322,7 +322,10 @@ class _SendsAtOnce(Watched):
             why = self.flush()
             if why is not None:
                 self.connectionLost(reason_of(why))
-        return not (self.dataBuffer or self._tempDataLen)
+        if self.dataBuffer or self._tempDataLen:
+            self.report_flush()
+            return False
+        return True
 
     def startWriting(self) -> None:
         """Twisted's methods call it for whatever is to happen at the next flush."""
@@ -361,23 +364,29 @@ class _SendsAtOnce(Watched):
         return None if self._is_plain else self._flushed()
 
     def _flushed(self) -> Any:
-        """All is sent: tell, and do what Twisted's ``doWrite`` does then."""
-        if self._reports_flush:
-            self._reports_flush = False
-            self._judge()
-            if self.watcher is not None:
-                self.watcher.sent()
+        """All is sent: do what Twisted's ``doWrite`` does then, and tell."""
         if self.producer is not None and (
             not self.streamingProducer or self.producerPaused
         ):
             self.producerPaused = False
             self.producer.resumeProducing()
-        elif self.disconnecting:
+            self._report()
+            return None
+        self._report()
+        if self.disconnecting:
             return self._postLoseConnection()
-        elif self._writeDisconnecting and not self._writeDisconnected:
+        if self._writeDisconnecting and not self._writeDisconnected and self.connected:
             self._writeDisconnected = True
             return self._closeWriteConnection()
         return None
+
+    def _report(self) -> None:
+        if self._reports_flush:
+            if not self.unsent:  # Else there is a flush to come.
+                self._reports_flush = False
+                self._judge()
+            if self.watcher is not None:
+                self.watcher.sent()
 
     # The end.
 
