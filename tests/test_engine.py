@@ -1063,6 +1063,36 @@ async def test_a_server_after_the_reactor_was_emptied_is_served(
     assert await in_thread(client.read, 2) == b"x\n"
 
 
+@ensureDeferred
+async def test_who_is_written_to_while_the_reactor_is_emptied_is_lost_too(
+    serve: Any, connect: Any
+) -> None:
+    """A connection that was not watched, and now is, by what another does last."""
+    made: list[Any] = []
+    lost: list[Any] = []
+
+    class Farewell(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            made.append(self)
+            if self is made[0]:
+                self.transport.pauseProducing()
+
+        def connectionLost(self, reason: Any = None) -> None:
+            lost.append(self)
+            for _ in range(2):  # The second write of a turn waits.
+                made[0].transport.write(b"farewell")
+
+    server = await serve(Factory.forProtocol(Farewell), create=Server.create_protocol)
+    for n in range(2):
+        connect(server)
+        await until(lambda n=n: len(made) == n + 1)
+    group().connectionLost(Failure(ConnectionLost()))
+    assert lost == [made[1], made[0]]
+    assert server.num_connections == 0
+
+
 def test_who_stayed_when_the_reactor_was_emptied_keeps_nothing_there() -> None:
     """
     trial calls ``removeAll`` after a test that left its server open, and tells nobody:

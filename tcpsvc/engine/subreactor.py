@@ -324,8 +324,10 @@ class SubReactor:
         The main reactor lets go of all its descriptors, at its end or at
         ``removeAll``: so do we.
         """
-        for selectable in self.removeAll():
-            self._lose(selectable, reason)
+        # One that was not watched may be, by what another does at its end.
+        while watched := self.removeAll():
+            for selectable in watched:
+                self._lose(selectable, reason)
         if self._poller is not None:
             # Whoever has asked us to stay has lost us too. Who comes later finds
             # us as at the beginning.
