@@ -11,13 +11,18 @@ before the socket is closed (S8). The transports of :mod:`tcpsvc.engine` tell a
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from twisted.internet import tcp
-from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet import tcp, unix
+from twisted.internet.interfaces import (
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+)
 from twisted.internet.main import CONNECTION_LOST
 from twisted.python.failure import Failure
 
@@ -25,6 +30,10 @@ from tcpsvc.log import log
 
 #: Errors of a send that may succeed later.
 NO_ROOM = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS})
+
+
+#: One descriptor of those that come with a message.
+_DESCRIPTOR = struct.Struct("i")
 
 
 class Watcher(Protocol):
@@ -71,6 +80,10 @@ class Watched:
     has_eof = False
     tells_errors = False
 
+    if TYPE_CHECKING:
+        # What the transport classes have that this is mixed into.
+        producer: Any
+
     @property
     def unsent(self) -> int:
         """How many bytes of what was written the kernel has not taken yet."""
@@ -78,7 +91,7 @@ class Watched:
 
     def doWrite(self) -> Any:
         """Send, and tell."""
-        if not self.connected:  # type: ignore[attr-defined]
+        if not self.connected:
             return None  # Closed when it was read, in the same turn.
         why = super().doWrite()  # type: ignore[misc]
         if self.watcher is not None and why is None:
@@ -93,6 +106,20 @@ class Watched:
             self.connectionLost(reason)
         else:
             self._tell_protocol(protocol.readConnectionLost)
+
+    def _end_producing(self) -> None:
+        """
+        No longer connected: tell a producer. What it raises is logged, and keeps
+        neither the socket open nor the protocol from hearing of the end.
+        """
+        self.disconnected = 1
+        self.connected = 0
+        if self.producer is not None:
+            try:
+                self.producer.stopProducing()
+            except BaseException:
+                log.failure("Unhandled Error")
+            self.producer = None
 
     def _closeWriteConnection(self) -> None:
         """All is sent: close the write side."""
@@ -139,6 +166,26 @@ class Counted:
         return sent
 
 
+class TakesDescriptors:
+    """
+    Mixed into a UNIX transport: with one of the descriptors that come in a message its
+    connection may end at once, as Twisted's do not.
+    """
+
+    def _ancillaryLevelSOLSOCKETTypeSCMRIGHTS(self, packed: bytes) -> None:
+        """Pass each on as long as the protocol is there, then close the rest."""
+        if not IFileDescriptorReceiver.providedBy(self.protocol):  # type: ignore[attr-defined]
+            super()._ancillaryLevelSOLSOCKETTypeSCMRIGHTS(packed)  # type: ignore[misc]
+            return
+        for (descriptor,) in _DESCRIPTOR.iter_unpack(packed):
+            if self.connected:  # type: ignore[attr-defined]
+                self.protocol.fileDescriptorReceived(descriptor)  # type: ignore[attr-defined]
+            else:
+                os.close(descriptor)
+        if not self.connected:  # type: ignore[attr-defined]
+            self._dataReceived = lambda data: None
+
+
 class _Telling(Watched):
     """Mixed into a transport that is served by the reactor, as Twisted's are."""
 
@@ -180,11 +227,13 @@ class _Telling(Watched):
 
     def connectionLost(self, reason: Failure) -> None:
         """Tell before, and have the watcher tell the protocol."""
-        watcher = self.watcher
-        if watcher is not None and hasattr(self, "socket"):
-            watcher.losing()
-            protocol = self.protocol  # type: ignore[has-type]
-            self.protocol = _Lost(watcher, protocol)
+        if hasattr(self, "socket"):
+            watcher = self.watcher
+            if watcher is not None:
+                watcher.losing()
+                protocol = self.protocol  # type: ignore[has-type]
+                self.protocol = _Lost(watcher, protocol)
+            self._end_producing()
         super().connectionLost(reason)  # type: ignore[misc]
 
 
@@ -227,6 +276,8 @@ def telling(transport_class: type, is_counted: bool) -> type:
     mixins: tuple[type, ...] = (_Telling, transport_class)
     if transport_class is tcp.Server:
         mixins = (_SendsPlainly, *mixins)
+    elif issubclass(transport_class, unix.Server):
+        mixins = (TakesDescriptors, *mixins)
     if is_counted:
         mixins = (Counted, *mixins)
     return type(f"Telling{transport_class.__name__}", mixins, {})

@@ -29,6 +29,7 @@ from tests.support import (
     open_descriptors,
     settle,
     the_reactor,
+    turn,
     until,
 )
 from tests.tls import client_context, tls_endpoint
@@ -671,6 +672,7 @@ async def test_the_order_at_the_end_of_the_last_handler(
     server = await serve(handler, on_handler_error=on_error)
     client = connect(server)
     await until(lambda: server.num_connections == 1)
+    await turn()  # The handler starts in it (H1), or never (H5).
     await server.close()
     happened.append("close finished")
     over = server.close_finished_and_handlers_determined()

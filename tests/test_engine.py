@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import socket
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from twisted.internet.interfaces import (
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
+from twisted.protocols.basic import FileSender
 from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -347,6 +349,93 @@ async def test_what_is_written_after_an_abort_is_not_sent(
         await in_thread(client.read, 1)
 
 
+@implementer(IHalfCloseableProtocol)
+class HalfCloseable(Protocol):
+    """Notes what it hears of ends."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def readConnectionLost(self) -> None:
+        self.heard.append("read side")
+
+    def writeConnectionLost(self) -> None:
+        self.heard.append("write side")
+
+    def connectionLost(self, reason: Any = None) -> None:
+        self.heard.append(reason.type.__name__)
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_a_half_closeable_protocol_that_answers_and_closes_is_closed(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """Its own close is no end of the client's side."""
+    made: list[HalfCloseable] = []
+
+    class Once(HalfCloseable):
+        def dataReceived(self, data: bytes) -> None:
+            made.append(self)
+            self.transport.write(data)
+            self.transport.loseConnection()
+
+    server = await serve(
+        Factory.forProtocol(Once), create=Server.create_protocol, engine=engine
+    )
+    client = connect(server)
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
+    assert made[0].heard == ["ConnectionDone"]
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_what_a_producer_of_the_transport_still_writes_is_part_of_the_flush(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """H3: the handler has returned in the middle of a file, which is sent."""
+    size = 1_000_000
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        await reader.read(1)
+        FileSender().beginFileTransfer(BytesIO(bytes(size)), writer.transport)
+
+    server = await serve(handler, engine=engine, flush_timeout=2)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    client.send(b"x")
+    assert len(await in_thread(client.read_all)) == size
+    await until(lambda: server.num_connections == 0)
+
+
+@ensureDeferred
+@pytest.mark.parametrize("engine", ["auto", "reactor"])
+async def test_who_hears_of_a_flush_may_end_what_was_to_be_half_closed(
+    serve: Any, connect: Any, engine: str
+) -> None:
+    """S8: ``reader.close()`` comes before the write side is shut, and is all."""
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        writer.write(await reader.read(5))
+        flushed = writer.flushed()
+        writer.transport.loseWriteConnection()
+        await flushed
+        reader.close()
+
+    server = await serve(handler, engine=engine)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    await turn()
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
+
+
 # A batch of connections that are ready.
 
 
@@ -459,6 +548,104 @@ async def test_a_thousand_that_are_ready_at_once_are_answered(
 
     assert await in_thread(answers) == [b"%d\n" % n for n in range(many)]
     assert group().turn > before
+
+
+@ensureDeferred
+async def test_who_ends_while_others_are_flushed_has_all_sent(
+    serve: Any, connect: Any
+) -> None:
+    """
+    One's flush resumes the handler of another, which was to be flushed next and ends:
+    what the kernel has not taken of it waits, and then it is closed.
+    """
+    size = 8_000_000
+    writers: dict[bytes, Any] = {}
+    goes_on: Deferred[None] = Deferred()
+    ends: Deferred[None] = Deferred()
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        name = await reader.read(1)
+        writers[name] = writer
+        if name == b"1":
+            await goes_on
+            await writer.flushed()
+            ends.callback(None)
+        elif name == b"2":
+            await ends
+            writer.transport.loseConnection()
+        else:
+            writers[b"1"].write(b"x")
+            goes_on.callback(None)
+            writers[b"2"].write(bytes(size))
+
+    server = await serve(handler)
+    clients = [connect(server) for _ in range(3)]
+    await all_wait(server, 3)
+    for n, client in enumerate(clients):
+        client.send(b"%d" % (n + 1))
+        await until(lambda n=n: len(writers) == n + 1)
+    assert len(await in_thread(clients[1].read_all)) == size
+
+
+@ensureDeferred
+async def test_a_handler_that_ends_its_transport_has_not_lost_its_client(
+    serve: Any, connect: Any
+) -> None:
+    """S4: ``consumer_left`` is of resets, and of sends that fail."""
+    left: list[None] = []
+
+    async def handler(_: Any, reader: Any, writer: Any) -> None:
+        writer.consumer_left().addCallback(left.append)
+        writer.write(await reader.read(5))
+        writer.transport.loseConnection()
+
+    server = await serve(handler)
+    client = connect(server)
+    await all_wait(server, 1)
+    client.send(b"hello")
+    assert await in_thread(client.read_all) == b"hello"
+    await until(lambda: server.num_connections == 0)
+    assert left == []
+
+
+@ensureDeferred
+@pytest.mark.parametrize("method", ["loseWriteConnection", "sendFileDescriptor"])
+async def test_who_is_used_after_its_end_costs_nobody_theirs(
+    serve: Any, connect: Any, tmp_path: Any, method: str
+) -> None:
+    """One is found to be gone when it is flushed in another's turn."""
+    made: list[Any] = []
+
+    class Clumsy(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            made.append(self)
+            if self is made[0]:
+                self.transport.pauseProducing()
+
+        def dataReceived(self, data: bytes) -> None:
+            made[0].transport.write(data)
+            self.transport.write(data)
+
+        def connectionLost(self, reason: Any = None) -> None:
+            if self is made[0]:
+                getattr(self.transport, method)(*[0] * (method[0] == "s"))
+
+    server = await serve(
+        Factory.forProtocol(Clumsy),
+        create=Server.create_protocol,
+        where=WhereToListen.of_file(tmp_path / "s"),
+    )
+    clients = []
+    for n in range(3):
+        clients.append(connect(server))
+        await until(lambda n=n: len(made) == n + 1)
+    clients[0].socket.close()
+    for client in clients[1:]:
+        client.send(b"x")
+        assert await in_thread(client.read, 1) == b"x"
+    assert server.num_connections == 2
 
 
 # The sub-reactor on its own, with what it needs of a reactor and of transports.
@@ -738,9 +925,50 @@ def test_who_comes_in_a_turn_can_leave_in_it(stage: Any) -> None:
     assert sub.getReaders() == [one]
 
 
-def test_one_that_raises_is_lost_alone(stage: Any, logs: Logs) -> None:
+def test_a_turn_within_a_turn_serves_whoever_is_ready(stage: Any) -> None:
+    """
+    A handler that calls ``reactor.iterate()`` until others were served: those who have
+    come since its own turn began too, and each once.
+    """
+    sub, make, served = stage
+    one, two = make("one"), make("two")
+
+    def iterate() -> None:
+        one.then = two.then = lambda: None
+        make("late")
+        sub.doRead()
+        assert sorted(served) == ["late", "one", "two"]
+
+    one.then = two.then = iterate
+    for _ in range(3):
+        sub.doRead()
+    assert sorted(served) == ["late", "one", "two"]
+
+
+def test_a_turn_within_a_turn_may_be_too_long(stage: Any, monkeypatch: Any) -> None:
+    """Who is left for the next turn is served there, whichever that is."""
+    sub, make, served = stage
+    ones = twelve_that_take_long(make, monkeypatch)
+    take_long = ones["0"].then
+
+    def iterate() -> None:
+        take_long()
+        sub.doRead()
+
+    for one in ones.values():
+        one.then = iterate
+    for _ in ones:
+        sub.doRead()
+    assert sorted(served, key=int) == list(ones)
+
+
+def test_one_that_raises_is_lost_alone(
+    stage: Any, logs: Logs, monkeypatch: Any
+) -> None:
     """The others of the batch are served; the error is logged."""
     sub, make, served = stage
+    # To log takes longer than a turn on a loaded machine.
+    monkeypatch.setattr(subreactor, "monotonic", lambda: 0.0)
     bad, good = make("bad"), make("good")
 
     def fail() -> None:
@@ -753,6 +981,28 @@ def test_one_that_raises_is_lost_alone(stage: Any, logs: Logs) -> None:
     assert good.lost == []
     (event,) = logs.take(LogLevel.critical)
     assert event["log_failure"].type is Boom
+
+
+def test_who_cannot_be_watched_for_room_is_lost_alone(stage: Any, logs: Logs) -> None:
+    """The kernel may refuse to watch one more: there is a limit per user."""
+    sub, make, served = stage
+    bad, good = make("bad"), make("good")
+
+    def flush() -> None:
+        bad.is_flush_due = True
+        sub.due.append(bad)
+
+    def wait_for_room() -> None:
+        raise OSError(errno.ENOSPC, "no watch")
+
+    bad.then, bad.flush, bad.wait_for_room = flush, flush, wait_for_room  # type: ignore[attr-defined]
+    bad.dataBuffer = b""  # type: ignore[attr-defined]
+    for _ in range(3):
+        sub.doRead()
+    assert {"bad", "good"} == set(served)
+    assert [reason.type for reason in bad.lost] == [OSError]
+    assert good.lost == []
+    assert len(logs.take(LogLevel.critical)) == 1
 
 
 def test_remove_all_returns_whoever_was_watched(stage: Any) -> None:
@@ -852,6 +1102,36 @@ async def test_a_server_after_the_reactor_was_emptied_is_served(
     assert group() in the_reactor().getReaders()
     client.send(b"x\n")
     assert await in_thread(client.read, 2) == b"x\n"
+
+
+@ensureDeferred
+async def test_who_is_written_to_while_the_reactor_is_emptied_is_lost_too(
+    serve: Any, connect: Any
+) -> None:
+    """A connection that was not watched, and now is, by what another does last."""
+    made: list[Any] = []
+    lost: list[Any] = []
+
+    class Farewell(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            made.append(self)
+            if self is made[0]:
+                self.transport.pauseProducing()
+
+        def connectionLost(self, reason: Any = None) -> None:
+            lost.append(self)
+            for _ in range(2):  # The second write of a turn waits.
+                made[0].transport.write(b"farewell")
+
+    server = await serve(Factory.forProtocol(Farewell), create=Server.create_protocol)
+    for n in range(2):
+        connect(server)
+        await until(lambda n=n: len(made) == n + 1)
+    group().connectionLost(Failure(ConnectionLost()))
+    assert lost == [made[1], made[0]]
+    assert server.num_connections == 0
 
 
 def test_who_stayed_when_the_reactor_was_emptied_keeps_nothing_there() -> None:

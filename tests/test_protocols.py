@@ -201,6 +201,43 @@ async def test_a_connection_whose_make_connection_raised_is_aborted(
 
 
 @ensureDeferred
+@pytest.mark.parametrize("end", ["a FIN", "a reset"])
+async def test_a_producer_that_raises_at_the_end_keeps_no_connection(
+    serve_protocol: Any, connect: Any, logs: Any, end: str
+) -> None:
+    """A5: the error is logged; the protocol hears of the end, and the slot is free."""
+    lost: list[Failure] = []
+
+    class Producer:
+        def resumeProducing(self) -> None:
+            """It has nothing."""
+
+        pauseProducing = resumeProducing
+
+        def stopProducing(self) -> None:
+            raise Boom
+
+    class Producing(Protocol):
+        def connectionMade(self) -> None:
+            self.transport.registerProducer(Producer(), True)
+
+        def connectionLost(self, reason: Failure = None) -> None:  # type: ignore[assignment]
+            lost.append(reason)
+
+    server = await serve_protocol(Producing)
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    if end == "a FIN":
+        client.socket.close()
+    else:
+        client.reset()
+    await until(lambda: server.num_connections == 0)
+    assert len(lost) == 1
+    (logged,) = logs.take(LogLevel.critical)
+    assert logged["log_failure"].type is Boom
+
+
+@ensureDeferred
 async def test_only_the_first_error_counts_and_the_later_is_logged(
     serve_protocol: Any, connect: Any, errors: Errors, logs: Any
 ) -> None:
@@ -664,6 +701,38 @@ async def test_descriptors_reach_a_descriptor_receiver(
     finally:
         for descriptor in (reading, writing, *received):
             os.close(descriptor)
+
+
+@ensureDeferred
+async def test_a_descriptor_may_end_the_connection_that_it_came_by(
+    serve_protocol: Any, connect: Any, errors: Errors, tmp_path: Path
+) -> None:
+    """X5: what came with it is closed, and nothing is delivered any more."""
+    received: list[Any] = []
+
+    @implementer(IFileDescriptorReceiver)
+    class Receiver(Protocol):
+        def fileDescriptorReceived(self, descriptor: int) -> None:
+            os.close(descriptor)
+            received.append(descriptor)
+            server.close(close_existing_connections=True)
+
+        def dataReceived(self, data: bytes) -> None:
+            received.append(data)
+
+    server = await serve_protocol(Receiver, where=WhereToListen.of_file(tmp_path / "s"))
+    client = connect(server)
+    await until(lambda: server.num_connections == 1)
+    reading, writing = os.pipe()
+    pair = array.array("i", [reading, writing])
+    client.socket.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pair)])
+    os.close(writing)
+    await until(lambda: server.num_connections == 0)
+    os.set_blocking(reading, False)
+    assert os.read(reading, 1) == b""  # Nobody has the other end.
+    os.close(reading)
+    assert len(received) == 1
+    assert errors.seen == []
 
 
 @ensureDeferred

@@ -25,6 +25,7 @@ How a turn goes::
 from __future__ import annotations
 
 import select
+from collections.abc import Iterator
 from time import monotonic
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -70,6 +71,13 @@ _DISCONNECTED: int = getattr(select, "EPOLLHUP", 0) | getattr(select, "EPOLLERR"
 
 _DONE = Failure(CONNECTION_DONE)
 _LOST = Failure(CONNECTION_LOST)
+
+
+def reason_of(why: Any) -> Failure:
+    """Why a connection is lost, as it is told, of what a read or a flush returned."""
+    if isinstance(why, ConnectionDone):
+        return _DONE
+    return _LOST if why is CONNECTION_LOST else Failure(why)
 
 
 class _LogContext(dict[str, Any]):
@@ -134,6 +142,8 @@ class SubReactor:
         self._interests: dict[int, int] = {}
         #: Who came in the course of a turn.
         self._late: dict[int, Any] = {}
+        #: Ready, and not served yet in this turn.
+        self._ready: Iterator[tuple[int, int]] = iter(())
         #: Ready, and not served yet when the last turn was over.
         self._left: dict[int, int] = {}
         self._stays = 0
@@ -314,8 +324,10 @@ class SubReactor:
         The main reactor lets go of all its descriptors, at its end or at
         ``removeAll``: so do we.
         """
-        for selectable in self.removeAll():
-            self._lose(selectable, reason)
+        # One that was not watched may be, by what another does at its end.
+        while watched := self.removeAll():
+            for selectable in watched:
+                self._lose(selectable, reason)
         if self._poller is not None:
             # Whoever has asked us to stay has lost us too. Who comes later finds
             # us as at the beginning.
@@ -337,6 +349,8 @@ class SubReactor:
         else:
             events = self._poller.poll(0, MOST_EVENTS)
         is_nested = self.is_serving  # A handler has called reactor.iterate().
+        if is_nested:
+            self._end_outer()
         outer = self.serves(None)
         self.is_serving = True
         self.turn += 1
@@ -348,7 +362,7 @@ class SubReactor:
         credit = self._credit
         looked_at = monotonic()
         end = looked_at + TURN
-        ready = iter(events)
+        ready = self._ready = iter(events)
         try:
             for fd, event in ready:
                 selectable = selectables.get(fd)
@@ -385,7 +399,9 @@ class SubReactor:
                     except BaseException:
                         why = self._raised(selectable)
                     if why is not None:
-                        self._disconnect(selectable, why, is_read=True)
+                        # It is the client's end only when nothing was read: what
+                        # was may have been answered with an end of our own.
+                        self._disconnect(selectable, why, is_read=not data)
                 if due:
                     self._flush(due)
                 if credit < 0:
@@ -406,12 +422,24 @@ class SubReactor:
             self.served = outer
             if due:
                 self._flush_later()
-            if not is_nested:
-                if self._late:
-                    selectables.update(self._late)
-                    self._late.clear()
-                if not self._interests:
-                    self._close_if_idle()
+            if self._late:
+                self._admit_late()
+            if not is_nested and not self._interests:
+                self._close_if_idle()
+
+    def _admit_late(self) -> None:
+        """No event is left that is older than they are."""
+        self._selectables.update(self._late)
+        self._late.clear()
+
+    def _end_outer(self) -> None:
+        """
+        A turn begins within another one, which ends with the connection that it
+        serves: the kernel tells of the others again, and of who has come meanwhile.
+        """
+        for _ in self._ready:
+            pass
+        self._admit_late()
 
     def serves(self, selectable: Any) -> Any:
         """
@@ -421,7 +449,7 @@ class SubReactor:
         """
         outer = self.served
         if outer is not None and outer.is_flush_due:
-            outer.wait_for_room()  # Its own flush comes after that.
+            self._wait_for_room(outer)  # Its own flush comes after that.
         self.served = selectable
         return outer
 
@@ -469,10 +497,7 @@ class SubReactor:
         return failure.value
 
     def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
-        if isinstance(why, ConnectionDone):
-            reason = _DONE
-        else:
-            reason = _LOST if why is CONNECTION_LOST else Failure(why)
+        reason = reason_of(why)
         if is_read and reason is _DONE:
             self.removeReader(selectable)
             try:
@@ -495,9 +520,12 @@ class SubReactor:
         flushed = due[:]
         due.clear()
         for transport in flushed:
-            # Where older bytes wait, the kernel is to say when there is room.
-            if transport.is_flush_due and not transport.dataBuffer:
-                self.flush_one(transport)
+            if transport.is_flush_due:
+                if transport.dataBuffer:
+                    # One before has ended it: it was flushed, and has to wait.
+                    self._wait_for_room(transport)
+                else:
+                    self.flush_one(transport)
         if due:
             self._flush_later()
 
@@ -513,8 +541,17 @@ class SubReactor:
     def _flush_later(self) -> None:
         for transport in self.due:
             if transport.is_flush_due:
-                transport.wait_for_room()
+                self._wait_for_room(transport)
         self.due.clear()
+
+    def _wait_for_room(self, transport: Any) -> None:
+        # An error that left the turn would cost all connections theirs.
+        try:
+            transport.wait_for_room()
+        except BaseException:
+            why = self._raised(transport)
+            if why is not None:
+                self._disconnect(transport, why, is_read=False)
 
     def __repr__(self) -> str:
         watched = self._everybody()

@@ -33,10 +33,8 @@ from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.python.failure import Failure
 
 from tcpsvc.addresses import ipv4_address
-from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor
-from tcpsvc.transport import NO_ROOM, Counted, Watched
-
-_LOST = Failure(CONNECTION_LOST)
+from tcpsvc.engine.subreactor import LEAST_RECEIVED, SubReactor, reason_of
+from tcpsvc.transport import NO_ROOM, Counted, TakesDescriptors, Watched
 
 
 class _BelowTLS:
@@ -304,7 +302,7 @@ class _SendsAtOnce(Watched):
 
     def _flush_soon(self) -> None:
         """Something was written, or is to end, and nothing is on its way."""
-        if self._aborting:
+        if self._aborting or not self.connected:
             return
         self.is_flush_due = True
         group = self._group
@@ -346,7 +344,7 @@ class _SendsAtOnce(Watched):
         )
 
     def report_flush(self) -> None:
-        """The watcher is to be told of the next flush, even if it leaves nothing."""
+        """The watcher is to be told of each flush up to one that leaves nothing."""
         self._reports_flush = True
         self._is_plain = False
 
@@ -359,8 +357,11 @@ class _SendsAtOnce(Watched):
         if self._tempDataLen and not self.dataBuffer:
             why = self.flush()
             if why is not None:
-                self.connectionLost(_LOST)
-        return not (self.dataBuffer or self._tempDataLen)
+                self.connectionLost(reason_of(why))
+        if self.dataBuffer or self._tempDataLen:
+            self.report_flush()
+            return False
+        return True
 
     def doWrite(self) -> Any:
         """There is room."""
@@ -406,28 +407,34 @@ class _SendsAtOnce(Watched):
         return None if self._is_plain else self._flushed()
 
     def _flushed(self) -> Any:
-        """All is sent: tell, and do what Twisted's ``doWrite`` does then."""
-        if self._reports_flush:
-            self._reports_flush = False
-            self._judge()
-            if self.watcher is not None:
-                self.watcher.sent()
-                if self.unsent or not self.connected:
-                    return None  # Whoever was told has written more, or closed it.
+        """All is sent: do what Twisted's ``doWrite`` does then, and tell."""
         if self.producer is not None and (
             not self.streamingProducer or self.producerPaused
         ):
             self.producerPaused = False
             self.producer.resumeProducing()
-        elif self.disconnecting:
+            self._report()
+            return None
+        self._report()
+        if self.unsent or not self.connected:
+            return None  # Whoever was told has written more, or closed it.
+        if self.disconnecting:
             return self._postLoseConnection()
-        elif self._writeDisconnecting and not self._writeDisconnected:
+        if self._writeDisconnecting and not self._writeDisconnected:
             self._writeDisconnected = True
             # Whoever was told of this flush may have asked for another one, and to
             # send after this, were it nothing, is an error that loses it.
             self.stopWriting()
             return self._closeWriteConnection()
         return None
+
+    def _report(self) -> None:
+        if self._reports_flush:
+            if not self.unsent:  # Else there is a flush to come.
+                self._reports_flush = False
+                self._judge()
+            if self.watcher is not None:
+                self.watcher.sent()
 
     # The end.
 
@@ -437,12 +444,7 @@ class _SendsAtOnce(Watched):
         watcher = self.watcher
         if watcher is not None:
             watcher.losing()
-        self.disconnected = 1
-        self.connected = 0
-        producer = self.producer
-        if producer is not None:
-            producer.stopProducing()
-            self.producer = None
+        self._end_producing()
         self.is_flush_due = False
         self._is_plain = False
         self._is_to_watch = False
@@ -501,7 +503,7 @@ class TCPServerTransport(_SendsAtOnce, tcp.Server):  # type: ignore[override]
         return super().getHost()  # type: ignore[no-untyped-call]
 
 
-class UNIXServerTransport(Counted, _SendsAtOnce, unix.Server):  # type: ignore[misc,override]
+class UNIXServerTransport(TakesDescriptors, Counted, _SendsAtOnce, unix.Server):  # type: ignore[override]
     """
     In the place of :class:`twisted.internet.unix.Server`. It reads as Twisted
     does, since descriptors may come with the bytes.
