@@ -85,7 +85,6 @@ class Reader:
         "_eof_when_draining",
         "_is_closed",
         "_is_draining",
-        "_is_paused",
         "_limit",
         "_position",
         "_suspension",
@@ -109,8 +108,6 @@ class Reader:
         #: The last waiter, to be used again.
         self._suspension: Suspension | None = None
         self._is_closed = False
-        #: Whether reading from the socket was stopped since the buffer is full.
-        self._is_paused = False
         #: Whether the handler wants EOF at a boundary; else as the option says.
         self._eof_when_draining: bool | None = None
         self._is_draining = False
@@ -157,11 +154,11 @@ class Reader:
             found = self._data.find(b"\n", position + searched) + 1
             if found:
                 size = found - position
-                if size > self._limit + 1:
-                    self._overrun()
-                if size == len(self._data) and not self._is_paused:
+                if size == len(self._data) and size < self._limit:
                     line, self._data = self._data, b""
                     return line if type(line) is bytes else bytes(line)
+                if size > self._limit + 1:
+                    self._overrun()
                 return self._take(size)
             searched = len(self._data) - position
             if searched > self._limit:
@@ -399,13 +396,12 @@ class Reader:
         raise RuntimeError("read after close() of the reader")
 
     def _pause(self) -> None:
+        """
+        The buffer is full. What it is resumed by follows from that: whether it is
+        paused is the connection's to know.
+        """
         if not self._is_closed:
-            self._is_paused = True
             self._connection.pause_reading()
-
-    def _resume(self) -> None:
-        self._is_paused = False
-        self._connection.resume_reading()
 
     @coroutine
     def _more(self, size: int | None) -> Generator[Suspension, None, None]:
@@ -416,12 +412,12 @@ class Reader:
         if self._is_draining and self._is_at_the_end():
             self.has_eof = True
             return
-        self._wake_at = _ENDLESS if size is None else size
+        wake_at = self._wake_at = _ENDLESS if size is None else size
         read_first = self.read_first
         if read_first is not None:
             self.read_first = None
             read_first()
-            if self.has_eof or self.bytes_buffered >= self._wake_at:
+            if self.has_eof or self.bytes_buffered >= wake_at:
                 self._wake_at = 0
                 return
         waiter = self._suspension
@@ -429,8 +425,8 @@ class Reader:
             waiter = self._suspension = Suspension()
         self._waiter = waiter
         try:
-            if self._is_paused:
-                self._resume()
+            if wake_at > self._limit:  # Else the buffer is not full of too little.
+                self._connection.resume_reading()
             yield waiter
         except BaseException:
             self._suspension = None  # Whoever waited for it may still hold it.
@@ -451,7 +447,8 @@ class Reader:
     def _take(self, n: int) -> bytes:
         data = self._data
         position = self._position
-        if position + n == len(data):
+        buffered = len(data) - position
+        if n == buffered:
             # All there is.
             self._data = b""
             self._position = 0
@@ -464,8 +461,8 @@ class Reader:
         else:
             self._position = position = position + n
             taken = data[position - n : position]
-        if self._is_paused and self.bytes_buffered < self._limit:
-            self._resume()
+        if buffered >= self._limit and buffered - n < self._limit:
+            self._connection.resume_reading()
         return taken  # type: ignore[no-any-return]
 
     def _overrun(self) -> None:

@@ -654,6 +654,21 @@ def test_reading_stops_at_the_limit_and_goes_on_when_it_is_drained() -> None:
         assert now(wire.reader.read(1000)) == b"x" * 98 + b"y"
 
 
+@pytest.mark.parametrize("size", [99, 100, 101])
+@pytest.mark.parametrize("read", ["readline", "readuntil"])
+def test_a_line_that_fills_the_buffer_is_read_and_reading_goes_on(
+    size: int, read: str
+) -> None:
+    """S3: with its end it may be one byte more than the buffer holds."""
+    wire = Wire(limit=100)
+    line = b"x" * (size - 1) + b"\n"
+    for _ in range(2):
+        wire.send(line)
+        assert wire.is_paused == (size >= 100)
+        assert now(getattr(wire.reader, read)()) == line
+        assert not wire.is_paused
+
+
 def test_a_read_that_needs_more_than_the_limit_is_not_starved() -> None:
     """S3: the buffer was full of too little when it came."""
     wire = Wire(limit=10)
