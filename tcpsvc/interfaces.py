@@ -14,6 +14,7 @@ class IReader(Interface):
     """The reading half of a connection: :class:`tcpsvc.Reader`."""
 
     bytes_read = Attribute("How many bytes have arrived so far.")
+    bytes_buffered = Attribute("How many of them are not read yet.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     connection = Attribute("The IConnection that it is of.")
@@ -55,6 +56,7 @@ class IWriter(Interface):
     can_write_eof = Attribute("Whether write_eof works here.")
     bytes_to_write = Attribute("How many bytes the kernel has not taken yet.")
     bytes_written = Attribute("How many bytes were written so far.")
+    bytes_taken = Attribute("How many of them the kernel has taken.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     connection = Attribute("The IConnection that it is of.")

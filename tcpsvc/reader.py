@@ -16,7 +16,7 @@ again and again is it a ``bytearray``, see :meth:`Reader.data_received`.
 from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Generator
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -56,6 +56,9 @@ class Input(Protocol):
     def gives_eof_for_drain(self, asked: bool | None) -> bool:
         """Whether a reader that waits at a boundary while it drains is at EOF."""
 
+    def read_first(self) -> None:
+        """A read is to wait, the first: deliver what has come before it."""
+
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""
 
@@ -83,6 +86,7 @@ class Reader:
         "_connection",
         "_data",
         "_eof_when_draining",
+        "_has_waited",
         "_is_closed",
         "_is_draining",
         "_limit",
@@ -92,7 +96,6 @@ class Reader:
         "_wake_at",
         "bytes_read",
         "has_eof",
-        "read_first",
     )
 
     def __init__(self, connection: Input, limit: int) -> None:
@@ -111,8 +114,8 @@ class Reader:
         #: Whether the handler wants EOF at a boundary; else as the option says.
         self._eof_when_draining: bool | None = None
         self._is_draining = False
-        #: Takes what has come before the handler's start, when it first waits.
-        self.read_first: Callable[[], None] | None = None
+        #: Whether any read has had to wait: the first takes what has come before.
+        self._has_waited = False
         self.has_eof = False
         self.bytes_read = 0
 
@@ -413,10 +416,9 @@ class Reader:
             self.has_eof = True
             return
         wake_at = self._wake_at = _ENDLESS if size is None else size
-        read_first = self.read_first
-        if read_first is not None:
-            self.read_first = None
-            read_first()
+        if not self._has_waited:
+            self._has_waited = True
+            self._connection.read_first()
             if self.has_eof or self.bytes_buffered >= wake_at:
                 self._wake_at = 0
                 return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ import tcpsvc
 from tcpsvc import IReader, IServer, IWriter, Server, TcpService, WhereToListen
 from tcpsvc.testing import MemoryServer
 from tests.support import LOOPBACK, until
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 async def forever(address: object, reader: tcpsvc.Reader, writer: Any) -> None:
@@ -123,6 +127,34 @@ def test_the_interfaces_are_complete(interface: Any, implementation: Any) -> Non
     public = {name for name in dir(implementation) if not name.startswith("_")}
     public = {name for name in public if not name.startswith("create")}
     assert public == set(interface.names())
+
+
+def documented(name: str) -> dict[str, set[str]]:
+    """What the reference shows of a class, and what it leaves out of it."""
+    text = (ROOT / "docs" / "reference.rst").read_text(encoding="utf-8")
+    [entry] = re.findall(
+        rf"^\.\. autoclass:: tcpsvc\.{name}(?:\(\))?\n((?:   .*\n)+)",
+        text,
+        re.MULTILINE,
+    )
+    options = re.findall(r"^   :([\w-]+):(.*(?:\n      .*)*)", entry, re.MULTILINE)
+    return {option: set(re.findall(r"\w+", names)) for option, names in options}
+
+
+@pytest.mark.parametrize(
+    ("interface", "implementation"),
+    [(IReader, tcpsvc.Reader), (IWriter, tcpsvc.Writer)],
+)
+def test_what_handlers_see_beside_the_interface_is_out_of_the_docs(
+    interface: Any, implementation: Any
+) -> None:
+    """What is the connection's own, and nobody sets anything from outside."""
+    public = {name for name in dir(implementation) if not name.startswith("_")}
+    left_out = documented(implementation.__name__)["exclude-members"]
+    assert public - left_out == set(interface.names())
+    assert left_out <= public
+    slots = {s for s in implementation.__slots__ if not s.startswith("_")}
+    assert slots <= {"bytes_read", "bytes_written", "has_eof"}
 
 
 def test_a_listener_is_not_its_users_to_close() -> None:

@@ -40,6 +40,7 @@ class Wire:
         self.is_closed = False
         self.waiting: list[bytes | None] = []
         self.most_buffered = 0
+        self.first_reads = 0
         self._is_delivering = False
 
     def send(self, *pieces: bytes) -> Wire:
@@ -72,6 +73,9 @@ class Wire:
 
     def gives_eof_for_drain(self, asked: bool | None) -> bool:
         return self.gives_eof if asked is None else asked
+
+    def read_first(self) -> None:
+        self.first_reads += 1
 
     def pause_reading(self) -> None:
         self.is_paused = True
@@ -636,6 +640,18 @@ async def test_an_over_long_line_of_a_client_can_be_skipped(
         b"x" * 500 + b"\n",
         b"y" * 1000 + b"\n",
     ]
+
+
+def test_what_came_before_the_first_wait_is_asked_for_once() -> None:
+    """And not by reads that find their bytes."""
+    wire = Wire().send(b"one\n")
+    assert now(wire.reader.readline()) == b"one\n"
+    assert wire.first_reads == 0
+    for line in (b"two\n", b"three\n"):
+        reading = asked(wire.reader.readline())
+        wire.send(line)
+        assert reading == [line]
+        assert wire.first_reads == 1
 
 
 # S3
