@@ -45,6 +45,20 @@ class Watcher(Protocol):
     def failed(self, failure: Failure) -> bool:
         """The protocol has raised. Returns whether that is dealt with."""
 
+    def unhandled(self, failure: Failure) -> None:
+        """Something has raised that nobody deals with: log it."""
+
+
+def log_unhandled(watcher: Watcher | None, failure: Failure) -> None:
+    """
+    Log what nobody deals with: as Twisted does where nobody watches, else as the
+    watcher does, since clients can bring it about.
+    """
+    if watcher is None:
+        log.failure("Unhandled Error", failure=failure)
+    else:
+        watcher.unhandled(failure)
+
 
 def tells(transport: Any) -> bool:
     """
@@ -80,7 +94,12 @@ class Watched:
         """Send, and tell."""
         if not self.connected:  # type: ignore[attr-defined]
             return None  # Closed when it was read, in the same turn.
-        why = super().doWrite()  # type: ignore[misc]
+        try:
+            why = super().doWrite()  # type: ignore[misc]
+        except BaseException:  # Of a producer.
+            if self.watcher is None or not self.watcher.failed(Failure()):
+                raise
+            return None
         if self.watcher is not None and why is None:
             self.watcher.sent()
         return why
@@ -111,8 +130,24 @@ class Watched:
             failure = Failure()
             if self.watcher is not None and self.watcher.failed(failure):
                 return
-            log.failure("Unhandled Error", failure=failure)
+            log_unhandled(self.watcher, failure)
             self.connectionLost(failure)  # type: ignore[attr-defined]
+
+    def _stop_producer(self, producer: Any) -> None:
+        """
+        The connection is lost. In Twisted what a producer raises then leaves the
+        socket open, and its protocol without its last word: not where somebody
+        watches.
+        """
+        try:
+            producer.stopProducing()
+        except BaseException:
+            watcher = self.watcher
+            if watcher is None:
+                raise
+            failure = Failure()
+            if not watcher.failed(failure):
+                watcher.unhandled(failure)
 
 
 class Counted:
@@ -180,6 +215,11 @@ class _Telling(Watched):
         watcher = self.watcher
         if watcher is not None and hasattr(self, "socket"):
             watcher.losing()
+            producer = self.producer  # type: ignore[has-type]
+            if producer is not None:
+                self.disconnected, self.connected = 1, 0
+                self._stop_producer(producer)
+                self.producer = None
             protocol = self.protocol  # type: ignore[has-type]
             self.protocol = _Lost(watcher, protocol)
         super().connectionLost(reason)  # type: ignore[misc]

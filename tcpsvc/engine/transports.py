@@ -393,7 +393,7 @@ class _SendsAtOnce(Watched):
         self.connected = 0
         producer = self.producer
         if producer is not None:
-            producer.stopProducing()
+            self._stop_producer(producer)
             self.producer = None
         self.is_flush_due = False
         self._is_plain = False
