@@ -109,6 +109,7 @@ class IServer(Interface):
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
     connections = Attribute("A tcpsvc.ConnectionSnapshot of each live connection.")
     limits = Attribute("The limits that there are, in a line.")
+    limits_set = Attribute("Those of them that are not as by default, in a line.")
     stopped_by = Attribute("What a handler has stopped the reactor with, else None.")
     #: An attribute, since mypy-zope has no word for ``Unpack``.
     change = Attribute("``change(**options)``: other ones from now on, all or none.")
