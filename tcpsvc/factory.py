@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
 from twisted.python.failure import Failure
-from zope.interface import alsoProvides, noLongerProvides
+from zope.interface import alsoProvides, implementer, noLongerProvides
 
 from tcpsvc._waiters import Event, all_of
 from tcpsvc.checks import at_least_one
@@ -25,6 +25,7 @@ from tcpsvc.entrance import Entrance, nothing
 from tcpsvc.exhaustion import Exhaustion
 from tcpsvc.failures import Failures
 from tcpsvc.handler import OnHandlerError
+from tcpsvc.interfaces import IServerFactory
 from tcpsvc.log import log
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _WILDCARDS = ("", "0.0.0.0", "::")
 
 
+@implementer(IServerFactory)
 class ServerFactory(Entrance):
     """
     Runs a handler for each connection, never more than ``max_connections``.
@@ -49,7 +51,12 @@ class ServerFactory(Entrance):
     started: the surplus is held accepted, unread and unstarted, in order, and
     costs a descriptor each. :meth:`tcpsvc.Server.create` has no surplus.
 
-    Made by :meth:`of_streams` and :meth:`of_protocols`.
+    Made by :meth:`of_streams` and :meth:`of_protocols`. What it promises is
+    :class:`tcpsvc.IServerFactory`; what else has a name without an underscore is for
+    the gates, connections and servers of this package, and may change.
+
+    :ivar is_closed: whether :meth:`close` was called.
+    :ivar is_draining: whether handlers were told that the server drains.
     """
 
     def __init__(

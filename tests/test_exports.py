@@ -24,7 +24,16 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface.verify import verifyObject
 
 import tcpsvc
-from tcpsvc import IReader, IServer, IWriter, Server, TcpService, WhereToListen
+from tcpsvc import (
+    IReader,
+    IServer,
+    IServerFactory,
+    IWriter,
+    Server,
+    ServerFactory,
+    TcpService,
+    WhereToListen,
+)
 from tcpsvc.testing import MemoryServer
 from tests.support import LOOPBACK, until
 
@@ -68,7 +77,7 @@ async def test_a_server_and_its_streams_provide_their_interfaces(
     verifyObject(IHalfCloseableProtocol, connection)
     verifyObject(IHandshakeListener, connection)
     verifyObject(IPullProducer, connection)
-    verifyObject(IProtocolFactory, server._factory)
+    verifyObject(IServerFactory, server._factory)
     verifyObject(IListeningPort, server._listeners.ports[0].port)
     assert connection.reader.peer == connection.writer.peer == connection.peer
     assert connection.reader.host == connection.writer.host == connection.host
@@ -155,6 +164,40 @@ def test_what_handlers_see_beside_the_interface_is_out_of_the_docs(
     assert left_out <= public
     slots = {s for s in implementation.__slots__ if not s.startswith("_")}
     assert slots <= {"bytes_read", "bytes_written", "has_eof"}
+
+
+def test_the_reference_shows_what_a_factory_promises() -> None:
+    """And nothing that the gate, the connections and the server ask it."""
+    promised = set(IServerFactory.names())
+    makers = {"of_streams", "of_protocols", "of_socks"}
+    told = " ".join((ServerFactory.__doc__ or "").split())
+    attributes = set(re.findall(r":ivar (\w+):", told))
+    members = documented("ServerFactory")["members"]
+    assert members - makers == promised - attributes
+    assert makers <= members
+    assert attributes <= promised
+    assert "IServerFactory" in told
+    assert IServerFactory.extends(IProtocolFactory)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        ServerFactory.of_streams(forever, on_handler_error="ignore"),
+        ServerFactory.of_protocols(
+            Factory.forProtocol(Protocol), on_handler_error="ignore"
+        ),
+        ServerFactory.of_socks(print, on_handler_error="ignore"),
+    ],
+    ids=["streams", "protocols", "socks"],
+)
+def test_every_kind_of_factory_provides_its_interface(factory: Any) -> None:
+    """Interfaces, without a port."""
+    verifyObject(IServerFactory, factory)
+    verifyObject(IProtocolFactory, factory)
+    assert not factory.is_closed
+    factory.close()
+    assert factory.is_closed
 
 
 def test_a_listener_is_not_its_users_to_close() -> None:
