@@ -8,7 +8,14 @@ from tcpsvc.errors import BufferAgeLimitExceeded, ConnectionGone, ServerClosed
 from tcpsvc.events import Observer
 from tcpsvc.factory import ServerFactory
 from tcpsvc.handler import log_error
-from tcpsvc.interfaces import IConnection, IObserver, IReader, IServer, IWriter
+from tcpsvc.interfaces import (
+    IConnection,
+    IObserver,
+    IReader,
+    IServer,
+    IServerFactory,
+    IWriter,
+)
 from tcpsvc.listener import Listener
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.overflow import Reply
@@ -42,6 +49,7 @@ __all__ = [
     "IObserver",
     "IReader",
     "IServer",
+    "IServerFactory",
     "IWriter",
     "InetAddress",
     "InetServer",

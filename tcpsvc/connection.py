@@ -467,6 +467,12 @@ class Connection(Traffic, Generic[AddressT]):
             self._error_reported = True
             self._factory.report(self.peer, failure)
 
+    def unhandled(self, failure: Failure) -> None:
+        """What nobody deals with was raised below the handler (Watcher)."""
+        self._factory.errors.failure(
+            "an error in the connection of {client}", failure, **of_client(self.peer)
+        )
+
     def cancel_handler(self) -> None:
         """Cancel the handler's coroutine or Deferred, if it still runs."""
         if self._running is not None:

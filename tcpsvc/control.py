@@ -101,12 +101,24 @@ class Control:
     @property
     def limits(self) -> str:
         """The limits that there are, in a line, for a log."""
+        return self._limits_line(with_defaults=True)
+
+    @property
+    def limits_set(self) -> str:
+        """
+        Those of them that are not as by default, in a shorter line; and always
+        ``max_connections``, whose default depends on the process.
+        """
+        return self._limits_line(with_defaults=False)
+
+    def _limits_line(self, *, with_defaults: bool) -> str:
         factory = self._factory
         return limits_line(
             factory.settings,
             of_streams=factory.takes_streams,
             is_dropping=factory.is_dropping_incoming_connections,
             has_backlog=any(one.where.takes_backlog for one in self.listeners),
+            with_defaults=with_defaults,
         )
 
     def change(self, **options: Unpack[StreamOptions]) -> None:

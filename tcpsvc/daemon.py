@@ -106,7 +106,10 @@ class Daemon(MultiService):
                     file=sys.__stdout__,
                     flush=True,
                 )
-        log.info("limits: {limits}", limits=server.limits)
+        log.info(
+            "limits: {limits}; the others are as by default", limits=server.limits_set
+        )
+        log.debug("all limits: {limits}", limits=server.limits)
         server.failed().addErrback(self._failed)
 
     def _cannot_listen(self, _: Failure) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocolFactory
+from zope.interface import implementer
 
 from tcpsvc.address_text import address_text
 from tcpsvc.checks import at_least_one
@@ -22,6 +23,7 @@ from tcpsvc.connection import Connection
 from tcpsvc.connection_factory import ConnectionFactory
 from tcpsvc.events import Observers
 from tcpsvc.handler import OnHandlerError
+from tcpsvc.interfaces import IServerFactory
 from tcpsvc.options import Options, StreamOptions
 from tcpsvc.protocol_connection import ProtocolConnection
 from tcpsvc.settings import Settings, change_options, check_options, describe_settings
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@implementer(IServerFactory)
 class ServerFactory(ConnectionFactory):
     """
     Runs a handler for each connection, never more than ``max_connections``.
@@ -43,7 +46,12 @@ class ServerFactory(ConnectionFactory):
     started: the surplus is held accepted, unread and unstarted, in order, and
     costs a descriptor each. :meth:`tcpsvc.Server.create` has no surplus.
 
-    Made by :meth:`of_streams` and :meth:`of_protocols`.
+    Made by :meth:`of_streams` and :meth:`of_protocols`. What it promises is
+    :class:`tcpsvc.IServerFactory`; what else has a name without an underscore is for
+    the gates, connections and servers of this package, and may change.
+
+    :ivar is_closed: whether :meth:`close` was called.
+    :ivar is_draining: whether handlers were told that the server drains.
     """
 
     def __init__(

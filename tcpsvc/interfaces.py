@@ -7,6 +7,7 @@ What others may implement, or rely on: zope interfaces of the public objects.
 
 from __future__ import annotations
 
+from twisted.internet.interfaces import IProtocolFactory
 from zope.interface import Attribute, Interface
 
 
@@ -14,6 +15,7 @@ class IReader(Interface):
     """The reading half of a connection: :class:`tcpsvc.Reader`."""
 
     bytes_read = Attribute("How many bytes have arrived so far.")
+    bytes_buffered = Attribute("How many of them are not read yet.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     connection = Attribute("The IConnection that it is of.")
@@ -55,6 +57,7 @@ class IWriter(Interface):
     can_write_eof = Attribute("Whether write_eof works here.")
     bytes_to_write = Attribute("How many bytes the kernel has not taken yet.")
     bytes_written = Attribute("How many bytes were written so far.")
+    bytes_taken = Attribute("How many of them the kernel has taken.")
     draining = Attribute("Whether the server drains.")
     transport = Attribute("Twisted's transport.")
     connection = Attribute("The IConnection that it is of.")
@@ -107,6 +110,7 @@ class IServer(Interface):
     is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
     connections = Attribute("A tcpsvc.ConnectionSnapshot of each live connection.")
     limits = Attribute("The limits that there are, in a line.")
+    limits_set = Attribute("Those of them that are not as by default, in a line.")
     stopped_by = Attribute("What a handler has stopped the reactor with, else None.")
     #: An attribute, since mypy-zope has no word for ``Unpack``.
     change = Attribute("``change(**options)``: other ones from now on, all or none.")
@@ -158,6 +162,65 @@ class IServer(Interface):
 
     def invariant():
         """Raise AssertionError when the server's state is broken."""
+
+    def describe():
+        """A JSON-able description."""
+
+
+class IServerFactory(IProtocolFactory):
+    """
+    What an application may use of a :class:`tcpsvc.ServerFactory` that it listens
+    with itself.
+    """
+
+    num_connections = Attribute("How many slots are taken.")
+    max_connections = Attribute("How many slots there are. May be set.")
+    is_closed = Attribute("Whether close was called.")
+    is_draining = Attribute("Whether handlers were told that the server drains.")
+    is_dropping_incoming_connections = Attribute("Whether clients are dropped.")
+    connections = Attribute("Each live IConnection, in the order of their accepts.")
+
+    def connection(id):
+        """The live IConnection of a number."""
+
+    def when_connections(condition):
+        """A Deferred: the number of taken slots is as one wishes."""
+
+    def change(changes):
+        """Other options from now on, by their names, all or none."""
+
+    def set_handler(handler):
+        """Serve new connections with another handler."""
+
+    def set_drop_incoming_connections(drop):
+        """Drop incoming clients, or stop dropping them."""
+
+    def add_observer(observer):
+        """Tell an IObserver what happens from now on."""
+
+    def remove_observer(observer):
+        """Tell it no more."""
+
+    def failed():
+        """A Deferred that fails with the error that closed the server."""
+
+    def close():
+        """Admit nobody any more. The port is its owner's to close."""
+
+    def close_connections():
+        """Close all live connections at once; a Deferred: their sockets are closed."""
+
+    def cancel_handlers():
+        """Cancel every handler that still runs."""
+
+    def tell_of_drain():
+        """Tell every handler that the server drains."""
+
+    def when_over():
+        """A Deferred: it is closed, and no connection is live."""
+
+    def invariant():
+        """Raise AssertionError when its state is broken."""
 
     def describe():
         """A JSON-able description."""

@@ -4,6 +4,7 @@ The limits that are in force, in one line, for a log.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from tcpsvc.networks import Networks
@@ -61,14 +62,25 @@ _ORDER = (
 _OF_STREAMS = StreamOptions.__optional_keys__ - Options.__optional_keys__
 
 
+#: What there is where nobody has said anything; of ``max_connections`` that depends on
+#: the process, so it is always said.
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+
 def limits_line(
-    settings: Settings, *, of_streams: bool, is_dropping: bool, has_backlog: bool
+    settings: Settings,
+    *,
+    of_streams: bool,
+    is_dropping: bool,
+    has_backlog: bool,
+    with_defaults: bool = True,
 ) -> str:
     """
     :param settings: the options as they are now.
     :param of_streams: whether those of streams count.
     :param is_dropping: whether clients are dropped now.
     :param has_backlog: whether ``backlog`` is that of any socket.
+    :param with_defaults: whether those count that are as by default.
     """
     told = []
     for name in _ORDER:
@@ -81,6 +93,11 @@ def limits_line(
             or not _matters(name, settings)
         ):
             continue
+        elif not with_defaults:
+            if value == _DEFAULTS[name]:
+                continue
+            if value is None:  # By default there is one.
+                value = "none"
         if value is True:
             told.append(name)
         elif value is not None and value is not False:

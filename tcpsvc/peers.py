@@ -273,14 +273,14 @@ class Peers:
 
     def describe(self) -> dict[str, Any]:
         """
-        :returns: a JSON-able description: the limits, how many peers there are, and
-            who has the most connections.
+        :returns: a JSON-able description: the limits, under the names of the options
+            that set them, how many peers there are, and who has the most connections.
         """
         most = heapq.nlargest(_DESCRIBED, self._live.items(), key=lambda item: item[1])
         return {
-            "max_connections": self._max_connections,
-            "rate": None if self._rate is None else str(self._rate),
-            "prefixes": list(self._prefixes),
+            "max_connections_per_peer": self._max_connections,
+            "accept_rate_per_peer": None if self._rate is None else str(self._rate),
+            "peer_prefixes": list(self._prefixes),
             "live_peers": len(self._live),
             "remembered_peers": len(self._recent) + len(self._before),
             "most_connections": {name_of(key): count for key, count in most},

@@ -80,6 +80,10 @@ class _Below:
         """It is as it would be without us."""
         return False
 
+    def unhandled(self, failure: Failure) -> None:
+        """But for the log."""
+        self._connection.unhandled(failure)
+
 
 @implementer(IProtocol, ILoggingContext)
 class ProtocolConnection(Connection[AddressT]):
@@ -177,11 +181,12 @@ class ProtocolConnection(Connection[AddressT]):
         if self.is_socket_closed:
             return  # By whoever was told of it.
         self._has_transport = True
-        if tells(self.transport) and self.transport.tells_errors:
-            # It tells us what we stand in between for: its own protocol may be
-            # the application's, which may put another in its place.
+        if tells(self.transport):
+            # Its own protocol may be the application's, which may put another in
+            # its place: the last word comes to us all the same.
             self.transport.watcher = self
-            self.transport.protocol = self._protocol
+            if self.transport.tells_errors:  # Which we stand in between for.
+                self.transport.protocol = self._protocol
         self._guard(self._protocol.makeConnection, self.transport)
 
     def dataReceived(self, data: bytes) -> None:
@@ -207,8 +212,12 @@ class ProtocolConnection(Connection[AddressT]):
         return True
 
     def lost(self, protocol: Any, reason: Failure) -> None:
-        """The end of a protocol that the transport serves directly."""
-        self._protocol = protocol
+        """The end of the protocol that the transport serves, ours or another."""
+        if getattr(self.transport, "TLS", False) and not self.transport.tells_errors:
+            protocol.connectionLost(reason)  # It is TLS, around us, and tells us.
+            return
+        if protocol is not self:
+            self._protocol = protocol
         self.connectionLost(reason)
 
     def connectionLost(self, reason: Failure) -> None:

@@ -16,7 +16,7 @@ again and again is it a ``bytearray``, see :meth:`Reader.data_received`.
 from __future__ import annotations
 
 from asyncio import IncompleteReadError, LimitOverrunError
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Generator
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -56,6 +56,12 @@ class Input(Protocol):
     def gives_eof_for_drain(self, asked: bool | None) -> bool:
         """Whether a reader that waits at a boundary while it drains is at EOF."""
 
+    def read_first(self) -> None:
+        """A read is to wait, the first: deliver what has come before it."""
+
+    def go_on_reading(self) -> None:
+        """Have the kernel tell of input, if it does not yet."""
+
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""
 
@@ -81,9 +87,10 @@ class Reader:
         "_connection",
         "_data",
         "_eof_when_draining",
+        "_has_waited",
+        "_is_asked",
         "_is_closed",
         "_is_draining",
-        "_is_paused",
         "_limit",
         "_position",
         "_suspension",
@@ -91,8 +98,6 @@ class Reader:
         "_wake_at",
         "bytes_arrived",
         "has_eof",
-        "is_told",
-        "read_first",
     )
 
     def __init__(self, connection: Input, limit: int) -> None:
@@ -108,15 +113,13 @@ class Reader:
         #: The last waiter, to be used again.
         self._suspension: Suspension | None = None
         self._is_closed = False
-        #: Whether reading from the socket was stopped since the buffer is full.
-        self._is_paused = False
         #: Whether the handler wants EOF at a boundary; else as the option says.
         self._eof_when_draining: bool | None = None
         self._is_draining = False
-        #: Takes what has come before the handler's start, when it first waits.
-        self.read_first: Callable[[], None] | None = None
-        #: Whether it need not have the kernel tell of input. The connection says it.
-        self.is_told = True
+        #: Whether any read has had to wait: the first takes what has come before.
+        self._has_waited = False
+        #: Whether it has been asked what has come.
+        self._is_asked = False
         self.has_eof = False
         self.bytes_arrived = 0
 
@@ -158,11 +161,11 @@ class Reader:
             found = self._data.find(b"\n", position + searched) + 1
             if found:
                 size = found - position
-                if size > self._limit + 1:
-                    self._overrun()
-                if size == len(self._data) and not self._is_paused:
+                if size == len(self._data) and size < self._limit:
                     line, self._data = self._data, b""
                     return line if type(line) is bytes else bytes(line)
+                if size > self._limit + 1:
+                    self._overrun()
                 return self._take(size)
             searched = len(self._data) - position
             if searched > self._limit:
@@ -250,8 +253,8 @@ class Reader:
 
     def at_eof(self) -> bool:
         """Whether EOF has come and everything before it was read."""
-        if not self.is_told:
-            self._be_told()
+        if not self._is_asked:
+            self._asked()
         return self.has_eof and not self._buffered
 
     def close(self) -> None:
@@ -296,15 +299,15 @@ class Reader:
     @property
     def bytes_buffered(self) -> int:
         """How many bytes have arrived and are not read yet."""
-        if not self.is_told:
-            self._be_told()
+        if not self._is_asked:
+            self._asked()
         return len(self._data) - self._position
 
     @property
     def bytes_read(self) -> int:
         """How many bytes have arrived on this connection so far."""
-        if not self.is_told:
-            self._be_told()
+        if not self._is_asked:
+            self._asked()
         return self.bytes_arrived
 
     @property
@@ -400,14 +403,13 @@ class Reader:
             self._eof_when_draining
         )
 
-    def _be_told(self) -> None:
+    def _asked(self) -> None:
         """
         Have the kernel tell of input also in the handler's first step: who asks what
         has come may turn the reactor (``reactor.iterate()``) until something has.
         """
-        self.is_told = True
-        # Of the connection that has said that it is not told yet.
-        cast(Any, self._connection).go_on_reading()
+        self._is_asked = True
+        self._connection.go_on_reading()
 
     # The buffer.
 
@@ -424,13 +426,12 @@ class Reader:
         raise RuntimeError("read after close() of the reader")
 
     def _pause(self) -> None:
+        """
+        The buffer is full. What it is resumed by follows from that: whether it is
+        paused is the connection's to know.
+        """
         if not self._is_closed:
-            self._is_paused = True
             self._connection.pause_reading()
-
-    def _resume(self) -> None:
-        self._is_paused = False
-        self._connection.resume_reading()
 
     @coroutine
     def _more(self, size: int | None) -> Generator[Suspension, None, None]:
@@ -441,12 +442,11 @@ class Reader:
         if self._is_draining and self._is_at_the_end():
             self.has_eof = True
             return
-        self._wake_at = _ENDLESS if size is None else size
-        read_first = self.read_first
-        if read_first is not None:
-            self.read_first = None
-            read_first()
-            if self.has_eof or self._buffered >= self._wake_at:
+        wake_at = self._wake_at = _ENDLESS if size is None else size
+        if not self._has_waited:
+            self._has_waited = True
+            self._connection.read_first()
+            if self.has_eof or self._buffered >= wake_at:
                 self._wake_at = 0
                 return
         waiter = self._suspension
@@ -454,8 +454,8 @@ class Reader:
             waiter = self._suspension = Suspension()
         self._waiter = waiter
         try:
-            if self._is_paused:
-                self._resume()
+            if wake_at > self._limit:  # Else the buffer is not full of too little.
+                self._connection.resume_reading()
             yield waiter
         except BaseException:
             self._suspension = None  # Whoever waited for it may still hold it.
@@ -476,7 +476,8 @@ class Reader:
     def _take(self, n: int) -> bytes:
         data = self._data
         position = self._position
-        if position + n == len(data):
+        buffered = len(data) - position
+        if n == buffered:
             # All there is.
             self._data = b""
             self._position = 0
@@ -489,8 +490,8 @@ class Reader:
         else:
             self._position = position = position + n
             taken = data[position - n : position]
-        if self._is_paused and self._buffered < self._limit:
-            self._resume()
+        if buffered >= self._limit and buffered - n < self._limit:
+            self._connection.resume_reading()
         return taken  # type: ignore[no-any-return]
 
     def _overrun(self) -> None:

@@ -131,7 +131,7 @@ class StreamConnection(Connection[AddressT]):
             self._base = transport
             self._socket = transport.socket
             transport.watcher = self
-            self.writer.output = transport
+            self.writer.begin(transport)
         else:
             self._connect_in_chunks(transport)
         if self._socket is not None:
@@ -149,7 +149,7 @@ class StreamConnection(Connection[AddressT]):
     def _connect_in_chunks(self, transport: Any) -> None:
         self.dataReceived = self._deliver
         self._chunks = Chunks(self)
-        self.writer.output = self._chunks
+        self.writer.begin(self._chunks)
         self._base = base = kernel.base_transport(transport)
         self._socket = kernel.socket_of(base)
         # The addresses of what is below TLS are gone with the connection.
@@ -298,9 +298,6 @@ class StreamConnection(Connection[AddressT]):
             self.resume_reading()
         elif self._chunks is None and not self._reading_paused:
             self._base.begin_reading()
-            reader = self.reader
-            reader.read_first = self._base.read_first
-            reader.is_told = False
         self._start(self._handler, self.peer, self.reader, self.writer)
         if self._chunks is None:
             self._base.end_first_step()
@@ -375,6 +372,11 @@ class StreamConnection(Connection[AddressT]):
             return False
         self.had_eof_of_drain = True
         return True
+
+    def read_first(self) -> None:
+        """The handler waits for the first time: deliver what has come before."""
+        if self._chunks is None:
+            self._base.read_first()
 
     def pause_reading(self) -> None:
         """Take nothing more from the kernel."""

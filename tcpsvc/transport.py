@@ -54,6 +54,20 @@ class Watcher(Protocol):
     def failed(self, failure: Failure) -> bool:
         """The protocol has raised. Returns whether that is dealt with."""
 
+    def unhandled(self, failure: Failure) -> None:
+        """Something has raised that nobody deals with: log it."""
+
+
+def log_unhandled(watcher: Watcher | None, failure: Failure) -> None:
+    """
+    Log what nobody deals with: as Twisted does where nobody watches, else as the
+    watcher does, since clients can bring it about.
+    """
+    if watcher is None:
+        log.failure("Unhandled Error", failure=failure)
+    else:
+        watcher.unhandled(failure)
+
 
 def tells(transport: Any) -> bool:
     """
@@ -93,7 +107,12 @@ class Watched:
         """Send, and tell."""
         if not self.connected:
             return None  # Closed when it was read, in the same turn.
-        why = super().doWrite()  # type: ignore[misc]
+        try:
+            why = super().doWrite()  # type: ignore[misc]
+        except BaseException:  # Of a producer.
+            if self.watcher is None or not self.watcher.failed(Failure()):
+                raise
+            return None
         if self.watcher is not None and why is None:
             self.watcher.sent()
         return why
@@ -109,8 +128,8 @@ class Watched:
 
     def _end_producing(self) -> None:
         """
-        No longer connected: tell a producer. What it raises is logged, and keeps
-        neither the socket open nor the protocol from hearing of the end.
+        No longer connected: tell a producer. What it raises keeps neither the socket
+        open nor the protocol from hearing of the end, as it does in Twisted.
         """
         self.disconnected = 1
         self.connected = 0
@@ -118,7 +137,9 @@ class Watched:
             try:
                 self.producer.stopProducing()
             except BaseException:
-                log.failure("Unhandled Error")
+                failure = Failure()
+                if self.watcher is None or not self.watcher.failed(failure):
+                    log_unhandled(self.watcher, failure)
             self.producer = None
 
     def _closeWriteConnection(self) -> None:
@@ -138,7 +159,7 @@ class Watched:
             failure = Failure()
             if self.watcher is not None and self.watcher.failed(failure):
                 return
-            log.failure("Unhandled Error", failure=failure)
+            log_unhandled(self.watcher, failure)
             self.connectionLost(failure)  # type: ignore[attr-defined]
 
 

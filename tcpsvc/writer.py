@@ -131,17 +131,17 @@ class Writer:
         "_is_open",
         "_limit",
         "_marks",
+        "_output",
         "_state",
         "_unsent_at_end",
         "bytes_written",
-        "output",
     )
 
     def __init__(self, connection: Written, limit: int) -> None:
         self._connection = connection
         self._limit = limit
-        #: Where the bytes go. The connection says it when it is there.
-        self.output: Output = _NOWHERE
+        #: Where the bytes go, once the connection is there.
+        self._output: Output = _NOWHERE
         self._state = _OPEN
         self._is_gone = False
         self._has_ended = False
@@ -175,7 +175,7 @@ class Writer:
             data = bytes(data)
         if self._is_open:
             self.bytes_written += len(data)
-            self.output.write(data)
+            self._output.write(data)
         elif self._state is not _OPEN:
             end = "write_eof" if self._state is _EOF else "close"
             raise RuntimeError(f"write after {end}() of the writer")
@@ -196,12 +196,12 @@ class Writer:
         """
         if not self._is_open:
             self._check()
-        if self.output.unsent > self._limit:
+        if self._output.unsent > self._limit:
             if self._draining is None:
                 self._draining = []
             waiter: Deferred[None] = Deferred(self._drain_cancelled)
             self._draining.append(waiter)
-            self.output.report_flush()
+            self._output.report_flush()
             await waiter
 
     def flushed(self) -> Deferred[None]:
@@ -220,7 +220,7 @@ class Writer:
             self._flushing = []
         waiter: Deferred[None] = Deferred(self._flush_cancelled)
         self._flushing.append((self.bytes_written, waiter))
-        self.output.report_flush()
+        self._output.report_flush()
         return waiter
 
     def close(self) -> None:
@@ -267,7 +267,7 @@ class Writer:
             self._state = _EOF
             self._is_open = False
             if self.bytes_to_write:
-                self.output.report_flush()
+                self._output.report_flush()
             elif not self._is_gone:
                 self._connection.all_taken()
         elif self._state is _CLOSED:
@@ -276,12 +276,12 @@ class Writer:
     @property
     def bytes_to_write(self) -> int:
         """How many bytes the kernel has not taken yet, and still may."""
-        return 0 if self._is_gone else self.output.unsent
+        return 0 if self._is_gone else self._output.unsent
 
     @property
     def bytes_taken(self) -> int:
         """How many bytes the kernel has taken so far."""
-        unsent = self._unsent_at_end if self._is_gone else self.output.unsent
+        unsent = self._unsent_at_end if self._is_gone else self._output.unsent
         return self.bytes_written - unsent
 
     def consumer_left(self) -> Deferred[None]:
@@ -346,6 +346,10 @@ class Writer:
 
     # For the connection.
 
+    def begin(self, output: Output) -> None:
+        """The connection is there, and this is where its bytes go."""
+        self._output = output
+
     @property
     def has_written_eof(self) -> bool:
         """Whether :meth:`write_eof` was called and nothing has ended it since."""
@@ -360,12 +364,12 @@ class Writer:
         """The kernel has taken more, or all, of what waited."""
         if self._is_gone:
             return
-        if not self.output.unsent:
+        if not self._output.unsent:
             self._marks = None
         if self._flushing or self._draining:
             self._tell_waiters()
         # Whoever was told may have written more, and ended the handler.
-        if not self._is_open and not self._is_gone and not self.output.unsent:
+        if not self._is_open and not self._is_gone and not self._output.unsent:
             self._connection.all_taken()
 
     def handler_ended(self) -> None:
@@ -382,10 +386,10 @@ class Writer:
     def gone(self) -> None:
         """The connection is closed: nothing can be sent any more."""
         if not self._is_gone:
-            self._unsent_at_end = self.output.unsent
+            self._unsent_at_end = self._output.unsent
             self._is_gone = True
             self._is_open = False
-            self.output = _NOWHERE
+            self._output = _NOWHERE
             self._marks = None
 
     def tell_gone(self) -> None:

@@ -990,7 +990,13 @@ async def test_a_description_has_the_limits(serve: Any, staying: Staying) -> Non
     assert options["accept_rate"] == "5/s:5"
     assert "too many" in options["overflow"]
     assert "accept_rate" in options["dry_run"]
-    assert described["peers"]["max_connections"] == 7
+    limits = {name: v for name, v in described["peers"].items() if name in options}
+    assert limits == {
+        "max_connections_per_peer": 7,
+        "accept_rate_per_peer": None,
+        "peer_prefixes": [32, 64],
+    }
+    assert all(options[name] == limit for name, limit in limits.items())
 
 
 # Dry runs

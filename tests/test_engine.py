@@ -22,7 +22,7 @@ from twisted.internet.interfaces import (
     ITCPTransport,
     IUNIXTransport,
 )
-from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import LogLevel
 from twisted.protocols.basic import FileSender
@@ -1003,6 +1003,37 @@ def test_who_cannot_be_watched_for_room_is_lost_alone(stage: Any, logs: Logs) ->
     assert [reason.type for reason in bad.lost] == [OSError]
     assert good.lost == []
     assert len(logs.take(LogLevel.critical)) == 1
+
+
+@pytest.mark.parametrize("at", ["doRead", "readConnectionLost", "connectionLost"])
+def test_a_watcher_logs_what_nobody_deals_with(
+    at: str, stage: Any, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is let go of meanwhile: a client can bring it about."""
+    sub, make, _ = stage
+    told: list[Failure] = []
+
+    class Watching:
+        def failed(self, failure: Failure) -> bool:
+            return False
+
+        unhandled = told.append
+
+    one = make("one")
+    one.watcher = Watching()
+
+    def fail(*_: object) -> None:
+        one.watcher = None if at != "doRead" else one.watcher
+        raise Boom(at)
+
+    if at == "connectionLost":
+        one.then = lambda: CONNECTION_LOST
+    elif at == "readConnectionLost":
+        one.then = lambda: CONNECTION_DONE
+    monkeypatch.setattr(one, at, fail)
+    sub.doRead()
+    assert [str(failure.value) for failure in told] == [at]
+    assert logs.texts(LogLevel.critical) == []
 
 
 def test_remove_all_returns_whoever_was_watched(stage: Any) -> None:

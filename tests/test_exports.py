@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +24,20 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface.verify import verifyObject
 
 import tcpsvc
-from tcpsvc import IReader, IServer, IWriter, Server, TcpService, WhereToListen
+from tcpsvc import (
+    IReader,
+    IServer,
+    IServerFactory,
+    IWriter,
+    Server,
+    ServerFactory,
+    TcpService,
+    WhereToListen,
+)
 from tcpsvc.testing import MemoryServer
 from tests.support import LOOPBACK, until
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 async def forever(address: object, reader: tcpsvc.Reader, writer: Any) -> None:
@@ -64,7 +77,7 @@ async def test_a_server_and_its_streams_provide_their_interfaces(
     verifyObject(IHalfCloseableProtocol, connection)
     verifyObject(IHandshakeListener, connection)
     verifyObject(IPullProducer, connection)
-    verifyObject(IProtocolFactory, server._factory)
+    verifyObject(IServerFactory, server._factory)
     verifyObject(IListeningPort, server._listeners.ports[0].port)
     assert connection.reader.peer == connection.writer.peer == connection.peer
     assert connection.reader.host == connection.writer.host == connection.host
@@ -123,6 +136,68 @@ def test_the_interfaces_are_complete(interface: Any, implementation: Any) -> Non
     public = {name for name in dir(implementation) if not name.startswith("_")}
     public = {name for name in public if not name.startswith("create")}
     assert public == set(interface.names())
+
+
+def documented(name: str) -> dict[str, set[str]]:
+    """What the reference shows of a class, and what it leaves out of it."""
+    text = (ROOT / "docs" / "reference.rst").read_text(encoding="utf-8")
+    [entry] = re.findall(
+        rf"^\.\. autoclass:: tcpsvc\.{name}(?:\(\))?\n((?:   .*\n)+)",
+        text,
+        re.MULTILINE,
+    )
+    options = re.findall(r"^   :([\w-]+):(.*(?:\n      .*)*)", entry, re.MULTILINE)
+    return {option: set(re.findall(r"\w+", names)) for option, names in options}
+
+
+@pytest.mark.parametrize(
+    ("interface", "implementation"),
+    [(IReader, tcpsvc.Reader), (IWriter, tcpsvc.Writer)],
+)
+def test_what_handlers_see_beside_the_interface_is_out_of_the_docs(
+    interface: Any, implementation: Any
+) -> None:
+    """What is the connection's own, and nobody sets anything from outside."""
+    public = {name for name in dir(implementation) if not name.startswith("_")}
+    left_out = documented(implementation.__name__)["exclude-members"]
+    assert public - left_out == set(interface.names())
+    assert left_out <= public
+    slots = {s for s in implementation.__slots__ if not s.startswith("_")}
+    assert slots <= {"bytes_arrived", "bytes_written", "has_eof"}
+
+
+def test_the_reference_shows_what_a_factory_promises() -> None:
+    """And nothing that the gate, the connections and the server ask it."""
+    promised = set(IServerFactory.names())
+    makers = {"of_streams", "of_protocols", "of_socks"}
+    told = " ".join((ServerFactory.__doc__ or "").split())
+    attributes = set(re.findall(r":ivar (\w+):", told))
+    members = documented("ServerFactory")["members"]
+    assert members - makers == promised - attributes
+    assert makers <= members
+    assert attributes <= promised
+    assert "IServerFactory" in told
+    assert IServerFactory.extends(IProtocolFactory)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        ServerFactory.of_streams(forever, on_handler_error="ignore"),
+        ServerFactory.of_protocols(
+            Factory.forProtocol(Protocol), on_handler_error="ignore"
+        ),
+        ServerFactory.of_socks(print, on_handler_error="ignore"),
+    ],
+    ids=["streams", "protocols", "socks"],
+)
+def test_every_kind_of_factory_provides_its_interface(factory: Any) -> None:
+    """Interfaces, without a port."""
+    verifyObject(IServerFactory, factory)
+    verifyObject(IProtocolFactory, factory)
+    assert not factory.is_closed
+    factory.close()
+    assert factory.is_closed
 
 
 def test_a_listener_is_not_its_users_to_close() -> None:

@@ -75,14 +75,21 @@ SAID: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def line_of(factory: ServerFactory) -> str:
+def line_of(factory: ServerFactory, *, with_defaults: bool = True) -> str:
     """The line of the server that listens with a factory."""
     return limits_line(
         factory.settings,
         of_streams=factory.takes_streams,
         is_dropping=factory.is_dropping_incoming_connections,
         has_backlog=True,
+        with_defaults=with_defaults,
     )
+
+
+def short(**options: Any) -> str:
+    """What is said of it that is not as by default."""
+    factory = ServerFactory.of_streams(echo, on_handler_error="raise", **options)
+    return line_of(factory, with_defaults=False)
 
 
 def line(**options: Any) -> str:
@@ -103,6 +110,7 @@ def test_what_is_in_force_is_said_with_its_unit(option: str) -> None:
     options, said = SAID[option]
     assert said in line(**options).split(", ") or said in line(**options)
     assert "\n" not in line(**options)
+    assert said in short(**options)
 
 
 def test_what_is_in_force_by_default_is_said_too() -> None:
@@ -113,6 +121,41 @@ def test_what_is_in_force_by_default_is_said_too() -> None:
         "reader_buffer_size=131072 bytes, writer_buffer_size=131072 bytes, "
         "max_accepts_per_batch=1, backlog=64"
     )
+
+
+def test_what_is_as_by_default_can_be_left_out() -> None:
+    """But for max_connections, which depends on the machine."""
+    assert short(max_connections=100) == "max_connections=100"
+    assert short().startswith("max_connections=")
+    assert short(
+        max_connections=100,
+        overflow="hold",
+        deny=["::1"],
+        refusal="reset",
+        max_connections_per_peer=4,
+        peer_prefixes=(32, 64),
+        idle_timeout=60,
+        backlog=64,
+    ) == (
+        "max_connections=100, max_connections_per_peer=4, deny=::1/128, "
+        "idle_timeout=60 s"
+    )
+
+
+def test_a_limit_by_default_that_was_taken_away_is_said() -> None:
+    """Where what is left out is as by default."""
+    assert "buffer_age_limit" not in line(buffer_age_limit=None)
+    assert "buffer_age_limit=none" in short(buffer_age_limit=None)
+
+
+@ensureDeferred
+async def test_a_server_tells_both(serve: Any) -> None:
+    """All of them, and those that were set."""
+    server = await serve(echo, max_connections=5, lifetime=7)
+    assert server.limits_set == "max_connections=5, lifetime=7 s"
+    assert server.limits.startswith("max_connections=5, overflow=hold, ")
+    server.change(lifetime=None)
+    assert server.limits_set == "max_connections=5"
 
 
 def test_a_reply_is_said_by_its_size() -> None:

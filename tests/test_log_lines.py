@@ -450,6 +450,45 @@ def test_a_broken_observer_has_one_traceback_a_minute_for_each_event(
     logs.take(LogLevel.critical)
 
 
+class _Broken:
+    """A producer that fails at the end of its connection."""
+
+    def resumeProducing(self) -> None:
+        """It has nothing."""
+
+    pauseProducing = resumeProducing
+
+    def stopProducing(self) -> None:
+        raise LookupError("still busy")
+
+
+@ensureDeferred
+async def test_what_fails_below_a_handler_has_one_traceback_a_minute(
+    serve: Any, connect: Any, logs: Any
+) -> None:
+    """Of each client there is a line; and the connection ends, and its slot."""
+
+    async def handler(address: Any, reader: Any, writer: Any) -> None:
+        writer.transport.registerProducer(_Broken(), True)
+        await reader.read()
+
+    server = await serve(handler, on_handler_error="raise")
+    names = []
+    for _ in range(3):
+        client = connect(server)
+        names.append(f"127.0.0.1:{client.socket.getsockname()[1]}")
+        client.shut()
+        await in_thread(end_of, client.socket)
+        await until(lambda: server.num_connections == 0)
+    (event,) = tracebacks(logs)
+    assert formatEvent(event) == f"an error in the connection of {names[0]}"
+    assert [line.partition(": LookupError")[0] for line in lines(logs)] == [
+        f"an error in the connection of {name}" for name in names[1:]
+    ]
+    assert not server.is_closed
+    logs.take(LogLevel.critical)
+
+
 @ensureDeferred
 async def test_a_wrapping_factory_that_fails_has_one_traceback_a_minute(
     connect: Any, logs: Any

@@ -434,9 +434,9 @@ def test_a_description() -> None:
     described = peers.describe()
     assert json.loads(json.dumps(described)) == described
     assert described == {
-        "max_connections": 9,
-        "rate": "30/m:20",
-        "prefixes": [24, 60],
+        "max_connections_per_peer": 9,
+        "accept_rate_per_peer": "30/m:20",
+        "peer_prefixes": [24, 60],
         "live_peers": 8,
         "remembered_peers": 8,
         "most_connections": {
@@ -448,9 +448,9 @@ def test_a_description() -> None:
         },
     }
     assert Peers().describe() == {
-        "max_connections": None,
-        "rate": None,
-        "prefixes": [32, 64],
+        "max_connections_per_peer": None,
+        "accept_rate_per_peer": None,
+        "peer_prefixes": [32, 64],
         "live_peers": 0,
         "remembered_peers": 0,
         "most_connections": {},

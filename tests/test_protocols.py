@@ -23,8 +23,8 @@ from twisted.internet.interfaces import (
     IHandshakeListener,
     IStreamServerEndpoint,
 )
-from twisted.internet.protocol import Factory, Protocol
-from twisted.logger import LogLevel
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.logger import LogLevel, formatEvent
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import TimeoutFactory
 from twisted.protocols.tls import TLSMemoryBIOFactory
@@ -200,41 +200,115 @@ async def test_a_connection_whose_make_connection_raised_is_aborted(
     await until(lambda: server.num_connections == 0)
 
 
+class BrokenProducer:
+    """What an application registers; each method of ``where`` raises."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def _raise(self, here: str) -> None:
+        if here in self._where.split():
+            raise Boom(here)
+
+    def resumeProducing(self) -> None:
+        self._raise("resume")
+
+    def pauseProducing(self) -> None:
+        """It has nothing."""
+
+    def stopProducing(self) -> None:
+        self._raise("stop")
+
+
 @ensureDeferred
-@pytest.mark.parametrize("end", ["a FIN", "a reset"])
-async def test_a_producer_that_raises_at_the_end_keeps_no_connection(
-    serve_protocol: Any, connect: Any, logs: Any, end: str
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("end", ["close", "reset"])
+@pytest.mark.parametrize("where", ["stop", "resume", "resume stop"])
+async def test_what_a_producer_raises_is_a_handler_error_and_keeps_no_slot(
+    where: str,
+    end: str,
+    streaming: bool,
+    serve_protocol: Any,
+    connect: Any,
+    errors: Errors,
+    logs: Any,
 ) -> None:
-    """A5: the error is logged; the protocol hears of the end, and the slot is free."""
-    lost: list[Failure] = []
+    """P1, A5: Twisted leaves the socket open when stopProducing raises."""
 
-    class Producer:
-        def resumeProducing(self) -> None:
-            """It has nothing."""
-
-        pauseProducing = resumeProducing
-
-        def stopProducing(self) -> None:
-            raise Boom
-
-    class Producing(Protocol):
+    class Produces(Protocol):
         def connectionMade(self) -> None:
-            self.transport.registerProducer(Producer(), True)
+            assert self.transport is not None
+            producer: Any = BrokenProducer(where)
+            self.transport.registerProducer(producer, streaming)
+            if streaming and "resume" in where:
+                producer.pauseProducing()
+                self.transport.producerPaused = True
+            self.transport.write(b"x")
 
-        def connectionLost(self, reason: Failure = None) -> None:  # type: ignore[assignment]
-            lost.append(reason)
+    server = await serve_protocol(Produces)
+    for number in (1, 2):
+        client = connect(server)
+        if "resume" not in where:
+            assert await in_thread(client.read, 1) == b"x"
+            getattr(client, end)()
+        else:
+            await in_thread(ended, client)
+        await until(lambda n=number: len(errors.seen) == n)
+    assert errors.types == [Boom, Boom]
+    assert errors.live == [0, 0]
+    server.invariant()
+    texts = logs.texts(LogLevel.critical)
+    assert not [text for text in texts if "Unhandled" in text]
+    logs.take(LogLevel.critical)
 
-    server = await serve_protocol(Producing)
+
+@ensureDeferred
+async def test_a_producer_that_raises_keeps_no_server_from_closing(
+    serve_protocol: Any, connect: Any, errors: Errors
+) -> None:
+    """X3: the other connections are closed too."""
+
+    class Produces(Protocol):
+        def connectionMade(self) -> None:
+            assert self.transport is not None
+            self.transport.registerProducer(BrokenProducer("stop"), True)
+
+    server = await serve_protocol(Produces)
+    clients = [connect(server) for _ in range(3)]
+    await until(lambda: server.num_connections == len(clients))
+    await server.close(close_existing_connections=True)
+    assert [await in_thread(ended, client) for client in clients] == [b""] * 3
+    await server.close_finished_and_handlers_determined()
+    assert errors.types == [Boom] * 3
+
+
+@ensureDeferred
+async def test_another_protocol_in_the_place_of_the_first_keeps_no_slot(
+    serve_protocol: Any, connect: Any, errors: Errors
+) -> None:
+    """P1: it is told of the end, and the handler is over with it."""
+    told: list[Failure] = []
+
+    class Second(Protocol):
+        def connectionLost(self, reason: Failure = connectionDone) -> None:
+            told.append(reason)
+
+    class First(Protocol):
+        def dataReceived(self, data: bytes) -> None:
+            assert self.transport is not None
+            second = Second()
+            self.transport.protocol = second
+            second.makeConnection(self.transport)
+            self.transport.write(data)
+
+    server = await serve_protocol(First)
     client = connect(server)
-    await until(lambda: server.num_connections == 1)
-    if end == "a FIN":
-        client.socket.close()
-    else:
-        client.reset()
+    client.send(b"x")
+    assert await in_thread(client.read, 1) == b"x"
+    client.close()
     await until(lambda: server.num_connections == 0)
-    assert len(lost) == 1
-    (logged,) = logs.take(LogLevel.critical)
-    assert logged["log_failure"].type is Boom
+    assert [reason.type for reason in told] == [ConnectionDone]
+    assert errors.seen == []
 
 
 @ensureDeferred
@@ -346,6 +420,34 @@ async def test_an_ordinary_reason_is_none(
 def tls_place(tmp_path: Path) -> Any:
     """A TLS endpoint on a free port."""
     return WhereToListen.of_endpoint(tls_endpoint(tmp_path))
+
+
+@ensureDeferred
+async def test_a_producer_that_raises_behind_tls_keeps_no_slot(
+    serve_protocol: Any, connect: Any, tmp_path: Path, logs: Any
+) -> None:
+    """A5: it is TLS's error there, and logged as errors of handlers are."""
+
+    class Produces(Protocol):
+        def connectionMade(self) -> None:
+            assert self.transport is not None
+            self.transport.registerProducer(BrokenProducer("stop"), True)
+            self.transport.write(b"x")
+
+    server = await serve_protocol(Produces, where=tls_place(tmp_path))
+
+    def come_and_go(client: Any) -> None:
+        client.socket = client_context().wrap_socket(client.socket)
+        assert client.read(1) == b"x"
+        client.reset()
+
+    for _ in range(3):
+        await in_thread(come_and_go, connect(server))
+        await until(lambda: server.num_connections == 0)
+    events = logs.take(LogLevel.critical)
+    assert [bool(event.get("log_failure")) for event in events] == [True, False, False]
+    assert "in the connection of" in formatEvent(events[0])
+    server.invariant()
 
 
 @ensureDeferred
@@ -753,6 +855,10 @@ async def test_a_protocol_may_start_tls_in_the_middle(
             else:
                 self.sendLine(b"secret " + line)
 
+        def connectionLost(self, reason: Failure = connectionDone) -> None:
+            told.append(reason)
+
+    told: list[Failure] = []
     server = await serve_protocol(StartTLS)
 
     def talk(client: Any) -> bytes:
@@ -770,6 +876,7 @@ async def test_a_protocol_may_start_tls_in_the_middle(
     assert await in_thread(talk, client) == b"secret hello\r\n"
     await until(lambda: server.num_connections == 0)
     assert errors.types == [Boom]
+    assert len(told) == 1
 
 
 @ensureDeferred

@@ -40,6 +40,8 @@ class Wire:
         self.is_closed = False
         self.waiting: list[bytes | None] = []
         self.most_buffered = 0
+        self.first_reads = 0
+        self.times_asked = 0
         self._is_delivering = False
 
     def send(self, *pieces: bytes) -> Wire:
@@ -72,6 +74,12 @@ class Wire:
 
     def gives_eof_for_drain(self, asked: bool | None) -> bool:
         return self.gives_eof if asked is None else asked
+
+    def read_first(self) -> None:
+        self.first_reads += 1
+
+    def go_on_reading(self) -> None:
+        self.times_asked += 1
 
     def pause_reading(self) -> None:
         self.is_paused = True
@@ -638,6 +646,18 @@ async def test_an_over_long_line_of_a_client_can_be_skipped(
     ]
 
 
+def test_what_came_before_the_first_wait_is_asked_for_once() -> None:
+    """And not by reads that find their bytes."""
+    wire = Wire().send(b"one\n")
+    assert now(wire.reader.readline()) == b"one\n"
+    assert wire.first_reads == 0
+    for line in (b"two\n", b"three\n"):
+        reading = asked(wire.reader.readline())
+        wire.send(line)
+        assert reading == [line]
+        assert wire.first_reads == 1
+
+
 # S3
 
 
@@ -652,6 +672,21 @@ def test_reading_stops_at_the_limit_and_goes_on_when_it_is_drained() -> None:
         assert now(wire.reader.read(1)) == b"x"
         assert not wire.is_paused
         assert now(wire.reader.read(1000)) == b"x" * 98 + b"y"
+
+
+@pytest.mark.parametrize("size", [99, 100, 101])
+@pytest.mark.parametrize("read", ["readline", "readuntil"])
+def test_a_line_that_fills_the_buffer_is_read_and_reading_goes_on(
+    size: int, read: str
+) -> None:
+    """S3: with its end it may be one byte more than the buffer holds."""
+    wire = Wire(limit=100)
+    line = b"x" * (size - 1) + b"\n"
+    for _ in range(2):
+        wire.send(line)
+        assert wire.is_paused == (size >= 100)
+        assert now(getattr(wire.reader, read)()) == line
+        assert not wire.is_paused
 
 
 def test_a_read_that_needs_more_than_the_limit_is_not_starved() -> None:

@@ -413,19 +413,36 @@ def test_every_option_reaches_the_server(made: Any) -> None:
 
 
 def test_the_limits_in_force_are_logged_at_the_start(start: Any) -> None:
-    """With their units, in one line; those that nobody gave, too."""
+    """With their units, in one line; with --verbose also those by default."""
     child = start(
         *twistd("-n", "tcpsvc", "--max-connections=7", "--deny=10.0.0.0/8",
                 "--peer-prefixes=24,56", "--max-connections-per-peer=3",
-                "--min-throughput=10", "--overflow=reply:full")
+                "--min-throughput=10", "--overflow=reply:full", "--verbose")
     )  # fmt: skip
     child.expect(
         "limits: max_connections=7, overflow=a reply of 4 bytes, "
+        "max_connections_per_peer=3, peer_prefixes=/24 and /56, deny=10.0.0.0/8, "
+        "first_byte_timeout=60 s, idle_timeout=3600 s, min_throughput=10 bytes/s; "
+        "the others are as by default"
+    )
+    child.expect(
+        "all limits: max_connections=7, overflow=a reply of 4 bytes, "
         "max_connections_per_peer=3, peer_prefixes=/24 and /56, deny=10.0.0.0/8, "
         "refusal=reset, on_exhaustion=back-off, first_byte_timeout=60 s, "
         "idle_timeout=3600 s, min_throughput=10 bytes/s, throughput_window=30 s, "
         "buffer_age_limit=120 s, flush_timeout=30 s"
     )
+    stop(child)
+
+
+def test_the_line_of_limits_is_short_where_nobody_gave_any(start: Any) -> None:
+    """It says those that twistd tcpsvc has, and servers in programs have not."""
+    child = start(*twistd("-n", "tcpsvc", "--max-connections=7"))
+    child.expect(
+        "limits: max_connections=7, first_byte_timeout=60 s, idle_timeout=3600 s; "
+        "the others are as by default"
+    )
+    assert "all limits" not in child.out
     stop(child)
 
 

@@ -38,7 +38,7 @@ from twisted.python.failure import Failure
 from twisted.python.log import ILogContext
 from zope.interface import implementer
 
-from tcpsvc.log import log
+from tcpsvc.transport import log_unhandled
 
 #: How long connections are served before the main reactor's other descriptors
 #: and timers have their turn, in seconds.
@@ -491,27 +491,30 @@ class SubReactor:
         A protocol has raised. As Twisted does: log it, lose the connection, go on.
         """
         failure = Failure()
-        if selectable.watcher is not None and selectable.watcher.failed(failure):
+        watcher = selectable.watcher
+        if watcher is not None and watcher.failed(failure):
             return None
-        log.failure("Unhandled Error", failure=failure)
+        log_unhandled(watcher, failure)
         return failure.value
 
     def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
         reason = reason_of(why)
         if is_read and reason is _DONE:
             self.removeReader(selectable)
+            watcher = selectable.watcher  # It may let go meanwhile.
             try:
                 selectable.readConnectionLost(reason)
             except BaseException:
-                log.failure("Unhandled Error")
+                log_unhandled(watcher, Failure())
         else:
             self._lose(selectable, reason)
 
     def _lose(self, selectable: Any, reason: Failure) -> None:
+        watcher = selectable.watcher
         try:
             selectable.connectionLost(reason)
         except BaseException:
-            log.failure("Unhandled Error")
+            log_unhandled(watcher, Failure())
 
     def _flush(self, due: list[Any]) -> None:
         """Send what was written while a connection was served."""

@@ -98,6 +98,12 @@ class Client(Protocol):
         """Never."""
         return False
 
+    def read_first(self) -> None:
+        """The reactor reads."""
+
+    def go_on_reading(self) -> None:
+        """It does."""
+
     def pause_reading(self) -> None:
         if not self._is_paused and not self._is_lost.has_happened:
             self._is_paused = True
