@@ -792,7 +792,7 @@ class InMemory(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         """The clock is advanced."""
         for _ in range(int(seconds * 2)):
-            sweeper = self.factory._sweeper
+            sweeper = self.factory.sweeper
             timer = sweeper.timer
             sweeps = timer is not None and timer.getTime() <= self.clock.seconds() + 0.5
             by_id = {id(c): c.peer.port - 50_000 for c in sweeper._watched}
