@@ -988,7 +988,7 @@ def bad_inputs() -> Iterator[Any]:
         yield pytest.param("twist", case)
 
 
-@pytest.mark.parametrize(("mode", "case"), bad_inputs())
+@pytest.mark.parametrize(("mode", "case"), [*bad_inputs()])
 def test_bad_input_is_one_line_and_nothing_is_left(
     outcomes: dict[tuple[str, str], Outcome], mode: str, case: str
 ) -> None:
