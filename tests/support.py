@@ -280,13 +280,13 @@ class Client:
 
     def read(self, n: int) -> bytes:
         """Exactly n bytes, fewer at EOF."""
-        got = b""
+        got = bytearray()
         while len(got) < n:
             data = self.socket.recv(n - len(got))
             if not data:
                 break
             got += data
-        return got
+        return bytes(got)
 
     def read_all(self) -> bytes:
         """Everything up to EOF. A reset is an error."""

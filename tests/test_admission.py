@@ -1377,6 +1377,7 @@ class Checking(Observer):
         self.walk.server.factory.invariant()
 
 
+@pytest.mark.whatever("engine", "reactor")
 @pytest.mark.parametrize("seed", range(40))
 def test_in_any_order(seed: int, logs: Any) -> None:
     """Whatever happens: the invariants hold, who could be let in does not wait, and

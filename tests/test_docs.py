@@ -36,7 +36,10 @@ from tests.daemons import wait_for_end
 from tests.support import the_reactor
 from tests.tls import client_context, make_certificate
 
-pytestmark = pytest.mark.whatever("engine")
+# Examples choose for themselves. Only what is served by twistd is so on the kind of
+# reactor that these tests run on: see Shell.serve.
+pytestmark = pytest.mark.whatever("engine", "reactor")
+by_twistd = pytest.mark.whatever("engine")
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -73,6 +76,7 @@ _BLOCK = re.compile(
 _SERVER = re.compile(
     r"twistd (-n|--nodaemon) |^python -m twisted tcpsvc|^python \w+\.py$"
 )
+_TWISTD = re.compile(r"\btwistd ")
 _PORT = re.compile(r"\b8[0-4]\d\d\b")
 
 
@@ -229,7 +233,7 @@ class Shell:
         self.stop()
         command = self.with_ports(command)
         if type(the_reactor()).__module__ == "twisted.internet.asyncioreactor":
-            command = re.sub(r"\btwistd ", "twistd --reactor=asyncio ", command)
+            command = _TWISTD.sub("twistd --reactor=asyncio ", command)
         process = Process(command, self.directory, self.environ)
         self.servers.append((process, expected or []))
         line = process.wait_for(r"[Ll]istening on ")
@@ -352,8 +356,19 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 # The examples.
 
 
+def serves_by_twistd(page: Path) -> bool:
+    """Whether a session of a page does."""
+    commands = [command for command, _ in sessions(page)]
+    return any(_SERVER.search(c) and _TWISTD.search(c) for c in commands)
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if sessions(p)], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(p, marks=by_twistd if serves_by_twistd(p) else (), id=p.stem)
+        for p in PAGES
+        if sessions(p)
+    ],
 )
 def test_the_shell_sessions_of_a_page_show_what_they_show(
     shell: Shell, page: Path
@@ -436,6 +451,7 @@ def greeted_over_tls(plain: socket.socket) -> None:
         assert client.recv(100) == b"Hello, Ada\n"
 
 
+@by_twistd
 def test_tls_and_unix_by_twistd(shell: Shell) -> None:
     """howto/twistd: the session that serves both greets on both."""
     [command] = [
@@ -491,6 +507,7 @@ def test_systemd_example(shell: Shell) -> None:
         early.close()
 
 
+@by_twistd
 def test_the_warning_about_raise_is_true(shell: Shell) -> None:
     """tutorial: a client closes a server that raises; twistd exits with 1."""
     process = shell.serve(
@@ -534,6 +551,7 @@ def test_draining_example(shell: Shell) -> None:
     process.wait_for("drained: .*2 closed idle; longest wait")
 
 
+@by_twistd
 def test_ticker_example(shell: Shell) -> None:
     """ticker.py: it is told, and says goodbye at once."""
     [command] = [

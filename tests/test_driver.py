@@ -19,6 +19,8 @@ from twisted.python.failure import Failure
 from tcpsvc.driver import Driver, Suspension
 from tcpsvc.testing import MemoryServer
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 
 @coroutine
 def suspended(suspension: Suspension) -> Generator[Suspension, None, None]:

@@ -715,8 +715,12 @@ class StandIn:
 
 
 @pytest.fixture
-def stage() -> Any:
-    """``sub, make, served``: ``make(name)`` is a watched stand-in that is ready."""
+def stage(monkeypatch: Any) -> Any:
+    """
+    ``sub, make, served``: ``make(name)`` is a watched stand-in that is ready. No turn
+    takes long, on a busy machine neither, unless the test says so.
+    """
+    monkeypatch.setattr(subreactor, "monotonic", lambda: 0.0)
     main = MainReactor()
     sub = SubReactor(main)
     served: list[str] = []

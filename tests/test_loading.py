@@ -11,6 +11,8 @@ import pytest
 
 from tcpsvc.loading import load
 
+pytestmark = pytest.mark.whatever("engine", "reactor")
+
 
 @pytest.fixture(autouse=True)
 def imports_are_undone() -> Iterator[None]:

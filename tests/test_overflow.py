@@ -1063,8 +1063,13 @@ async def test_who_does_not_take_its_bytes_is_no_line_each(
             connect(server)
         await until(lambda: server.num_connections == 5)
         await until(lambda: {c.handler for c in server.connections} == {"finished"})
-        clock.pump([1] * 8)
-        await until(lambda: server.num_connections == 0)
+        for _ in range(40):
+            # What a kernel on a busy machine takes late puts the end off.
+            clock.advance(1)
+            await settle()
+            if server.num_connections == 0:
+                break
+        assert server.num_connections == 0
 
     await five()
     assert len(loud(logs)) == 1

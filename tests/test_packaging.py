@@ -176,10 +176,13 @@ class Environment:
         return "tcpsvc" in commands
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Environment:
-    """A fresh one."""
-    return Environment(tmp_path / "environment")
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """
+    One for all: each that is installed must find it without the command, and leave it
+    so.
+    """
+    return Environment(tmp_path_factory.mktemp("packaging") / "environment")
 
 
 def check_comes_and_goes(environment: Environment, *what: object) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -288,6 +289,8 @@ def main() -> int:
     )
     options = parser.parse_args()
 
+    # Else the processes that it has started would go on.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     unmodified = Unmodified(options.unmodified)
     unmodified.load()
     transports = Transports(options.tcp_transport, options.unix_transport)
