@@ -22,9 +22,11 @@ class Failing:
     """A handler that raises as many errors as clients send a line."""
 
     def __init__(self) -> None:
+        self.started = 0
         self.raised: list[LookupError] = []
 
     async def __call__(self, address: Any, reader: Any, writer: Any) -> None:
+        self.started += 1
         line = await reader.readline()
         if line == b"echo\n":
             writer.write(line)
@@ -380,10 +382,11 @@ async def test_failed_fires_none_at_the_end_of_a_server_without_errors(
 ) -> None:
     """E3: at cfhd, also when asked for afterwards."""
     events: list[str] = []
-    server = await serve(Failing(), on_handler_error="raise")
+    failing = Failing()
+    server = await serve(failing, on_handler_error="raise")
     server.failed().addCallback(lambda result: events.append(f"failed {result}"))
     client = connect(server)
-    await until(lambda: server.num_connections == 1)
+    await until(lambda: failing.started)
     await server.close()
     await turn()
     assert events == []
@@ -499,9 +502,10 @@ async def test_no_error_is_lost(
 async def test_errors_after_close_are_reported(serve: Any, connect: Any) -> None:
     """E5: to a callable."""
     calls: list[Any] = []
-    server = await serve(Failing(), on_handler_error=lambda *args: calls.append(args))
+    failing = Failing()
+    server = await serve(failing, on_handler_error=lambda *args: calls.append(args))
     client = connect(server)
-    await until(lambda: server.num_connections == 1)
+    await until(lambda: failing.started)
     await server.close()
     client.send(b"fail\n")
     await server.close_finished_and_handlers_determined()
@@ -518,7 +522,7 @@ async def test_errors_after_close_reach_failed(
     server = await serve(failing, on_handler_error=policy)
     failed = outcome(server.failed())
     client = connect(server)
-    await until(lambda: server.num_connections == 1)
+    await until(lambda: failing.started)
     await server.close()
     client.send(b"fail\n")
     await server.close_finished_and_handlers_determined()
