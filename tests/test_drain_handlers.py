@@ -321,10 +321,11 @@ async def test_without_a_drain_there_is_no_such_eof(
     assert await in_thread(client.read, 4) == b"one\n"
     closed = await serve(answers, clock=clock, eof_on_drain=True)
     other = connect(closed)
-    await until(lambda: closed.num_connections == 1)
-    await closed.close()
     other.send(b"two\n")
     assert await in_thread(other.read, 4) == b"two\n"
+    await closed.close()
+    other.send(b"three\n")
+    assert await in_thread(other.read, 6) == b"three\n"
     assert await in_thread(other.finish) == b""
     clock.advance(5.0)
     assert await in_thread(client.read_all) == b""
