@@ -758,6 +758,7 @@ async def test_several_connections_end_in_any_order(serve: Any, connect: Any) ->
     server = await serve(echo)
     clients = [connect(server) for _ in range(4)]
     await until(lambda: server.num_connections == 4)
+    await settle()  # All have started: none does after a close.
     server.close()
     over = server.close_finished_and_handlers_determined()
     for client, left in zip(
