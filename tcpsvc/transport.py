@@ -6,6 +6,11 @@ client's bytes have an age, and a flush has an end, before everything later is
 sent too (spec S5, S6). And what a client sent before its reset is to be read
 before the socket is closed (S8). The transports of :mod:`tcpsvc.engine` tell a
 :class:`Watcher`; so do Twisted's own with what is mixed in here.
+
+This file knows the queue of Twisted's transports (``dataBuffer``, ``offset``,
+``_tempDataLen``) and how descriptors come to them
+(``_ancillaryLevelSOLSOCKETTypeSCMRIGHTS``), which have no public names (Twisted 24.7 to
+26.10).
 """
 
 from __future__ import annotations
@@ -31,7 +36,6 @@ from tcpsvc.log import log
 #: Errors of a send that may succeed later.
 NO_ROOM = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS})
 
-
 #: One descriptor of those that come with a message.
 _DESCRIPTOR = struct.Struct("i")
 
@@ -56,6 +60,14 @@ class Watcher(Protocol):
 
     def unhandled(self, failure: Failure) -> None:
         """Something has raised that nobody deals with: log it."""
+
+
+def is_dealt_with(watcher: Watcher | None, failure: Failure) -> bool:
+    """Whether the watcher deals with what was raised. Else it is logged."""
+    if watcher is not None and watcher.failed(failure):
+        return True
+    log_unhandled(watcher, failure)
+    return False
 
 
 def log_unhandled(watcher: Watcher | None, failure: Failure) -> None:
@@ -137,9 +149,7 @@ class Watched:
             try:
                 self.producer.stopProducing()
             except BaseException:
-                failure = Failure()
-                if self.watcher is None or not self.watcher.failed(failure):
-                    log_unhandled(self.watcher, failure)
+                is_dealt_with(self.watcher, Failure())
             self.producer = None
 
     def _closeWriteConnection(self) -> None:
@@ -157,16 +167,15 @@ class Watched:
             method()
         except BaseException:
             failure = Failure()
-            if self.watcher is not None and self.watcher.failed(failure):
-                return
-            log_unhandled(self.watcher, failure)
-            self.connectionLost(failure)  # type: ignore[attr-defined]
+            if not is_dealt_with(self.watcher, failure):
+                self.connectionLost(failure)  # type: ignore[attr-defined]
 
 
 class Counted:
     """
     Mixed into a server transport that is asked how many bytes it has moved, since
-    neither the kernel nor the connection knows.
+    the kernel does not tell, or its bytes go through here anyway, and its connection
+    does not count them.
 
     :ivar bytes_in: bytes received.
     :ivar bytes_out: bytes that the kernel has taken.

@@ -270,7 +270,7 @@ def test_handlers_of_every_kind_are_served_by_each_engine(
 def test_a_garbage_collection_leaves_alone_what_was_loaded(
     start: Any, connect: Any
 ) -> None:
-    """Else it would keep clients waiting for the 40 000 objects that always stay."""
+    """Else it would keep clients waiting for the 48 000 objects that always stay."""
     child = start(*twistd("-n", "tcpsvc", "--handler=hands.obey"))
     client = connect(child.address("127.0.0.1"))
     assert client.read(6) == b"hello\n"

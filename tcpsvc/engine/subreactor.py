@@ -38,7 +38,7 @@ from twisted.python.failure import Failure
 from twisted.python.log import ILogContext
 from zope.interface import implementer
 
-from tcpsvc.transport import log_unhandled
+from tcpsvc.transport import is_dealt_with, log_unhandled
 
 #: How long connections are served before the main reactor's other descriptors
 #: and timers have their turn, in seconds.
@@ -116,8 +116,7 @@ class SubReactor:
     :ivar served: the connection that is being served.
     :ivar first_bytes: how many bytes may be read from new connections, when their
         handlers first wait, before the next turn: as many as one connection gives in
-        one.
-        Else a crowd of them would keep everybody else waiting.
+        one. Else a crowd of them would keep everybody else waiting.
     :ivar receive_size: how many bytes to read at a time. A handler that works off
         a full 64 KiB of small requests takes milliseconds; with many of those a
         turn that took too long halves this, and one that did not doubles it.
@@ -491,10 +490,8 @@ class SubReactor:
         A protocol has raised. As Twisted does: log it, lose the connection, go on.
         """
         failure = Failure()
-        watcher = selectable.watcher
-        if watcher is not None and watcher.failed(failure):
+        if is_dealt_with(selectable.watcher, failure):
             return None
-        log_unhandled(watcher, failure)
         return failure.value
 
     def _disconnect(self, selectable: Any, why: Any, *, is_read: bool) -> None:
